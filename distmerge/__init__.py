@@ -1,0 +1,41 @@
+"""Merge checkpoints of large language models on the cluster you already have.
+
+import distmerge
+result = distmerge.merge("average.yaml", "merged")
+"""
+
+from distmerge.errors import (
+    ConfigError,
+    DistmergeError,
+    MismatchError,
+    NonFiniteError,
+    OutputError,
+    PeerError,
+    RunError,
+    SourceError,
+    UserError,
+)
+from distmerge.inspection import Inspection, inspect
+from distmerge.pipeline import MergeResult, Options, merge, plan
+from distmerge.planner import Plan
+from distmerge.version import __version__
+
+__all__ = [
+    "ConfigError",
+    "DistmergeError",
+    "Inspection",
+    "MergeResult",
+    "MismatchError",
+    "NonFiniteError",
+    "Options",
+    "OutputError",
+    "PeerError",
+    "Plan",
+    "RunError",
+    "SourceError",
+    "UserError",
+    "__version__",
+    "inspect",
+    "merge",
+    "plan",
+]

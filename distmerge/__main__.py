@@ -1,0 +1,5 @@
+"""python -m distmerge"""
+
+from distmerge.cli import main
+
+main()

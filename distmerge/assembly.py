@@ -1,0 +1,129 @@
+"""How the ranks' results come together in one folder.
+
+direct: every rank sees the folder and writes its own ranges of the shards. gather: the ranks
+that do not see it send their ranges to the shards' owners, who do; each owner holds one range
+at a time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import zip_longest
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+from distmerge.dist import World
+from distmerge.engine import Step, steps
+from distmerge.errors import OutputError
+from distmerge.planner import Plan
+from distmerge.spec import PAGE
+from distmerge.storage import aligned_buffer
+from distmerge.writer import ShardWriter
+
+AssembleMode = Literal["auto", "direct", "gather"]
+
+_PATIENCE = 3.0
+"""Seconds for a new folder to show up on a network file system."""
+
+
+class Assembly(NamedTuple):
+    """`owners[shard]` is the rank that makes, completes and hashes a shard."""
+
+    gather: bool
+    owners: tuple[int, ...]
+
+    def owned_by(self, rank: int) -> list[int]:
+        return [shard for shard, owner in enumerate(self.owners) if owner == rank]
+
+
+def choose(
+    world: World, plan: Plan, assignment: Sequence[range], folder: Path, mode: AssembleMode
+) -> Assembly:
+    """Ask every rank whether it sees `folder`, which rank 0 has just made.
+
+    Raises OutputError where `mode` is direct and a rank does not.
+    """
+    seen = world.gather("look for the output folder", lambda: _appears(folder))
+    if all(seen) and mode != "gather":
+        return Assembly(gather=False, owners=_first_writers(plan, assignment))
+    if mode == "direct":
+        raise OutputError(
+            f"{folder.parent}: rank {seen.index(False)} does not see this folder; "
+            "use --assemble gather, or a folder that all hosts share"
+        )
+    hosts = [rank for rank, sees in enumerate(seen) if sees]
+    owners = tuple(hosts[shard % len(hosts)] for shard in range(len(plan.shards)))
+    return Assembly(gather=True, owners=owners)
+
+
+def _appears(folder: Path) -> bool:
+    deadline = time.monotonic() + _PATIENCE
+    while not folder.is_dir():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _first_writers(plan: Plan, assignment: Sequence[range]) -> tuple[int, ...]:
+    """The rank that writes a shard's first bytes: it hashes what it writes on the way."""
+    owners = [0] * len(plan.shards)
+    for rank, jobs in reversed(list(enumerate(assignment))):
+        for number in reversed(jobs):
+            owners[plan.tensors[plan.jobs[number].tensor].shard] = rank
+    return tuple(owners)
+
+
+class GatherSink:
+    """An engine.Sink that keeps what belongs to this rank's shards and sends the rest.
+
+    Every owner takes the ranks' steps in turn: first all first steps, then all second ones ...
+    Each rank sends in that order too, so some sender is always waited for, and none waits in a
+    circle.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        owners: Sequence[int],
+        writer: ShardWriter,
+        rank_steps: Sequence[Iterator[Step]],
+    ):
+        self._world, self._owners, self._writer = world, owners, writer
+        self._pool = ThreadPoolExecutor(1, "receive")
+        self._received: Future[None] = self._pool.submit(self._receive, rank_steps)
+
+    def write(self, shard: int, offset: int, data: torch.Tensor) -> None:
+        if self._received.done():
+            self._received.result()  # raises what ended it, before more is computed in vain
+        if self._owners[shard] == self._world.rank:
+            self._writer.write(shard, offset, data)
+        else:
+            self._world.send(data, self._owners[shard])
+
+    def close(self) -> None:
+        """Return when all that the other ranks owed this one is written."""
+        self._world.wait(self._received)
+        self._pool.shutdown(wait=False)
+
+    def _receive(self, rank_steps: Sequence[Iterator[Step]]) -> None:
+        buffer = torch.empty(0, dtype=torch.uint8)
+        for turn in zip_longest(*rank_steps):
+            for rank, step in enumerate(turn):
+                if step is None or rank == self._world.rank:
+                    continue
+                if self._owners[step.tensor.shard] != self._world.rank:
+                    continue
+                if buffer.numel() < step.write_bytes + PAGE:
+                    buffer = aligned_buffer(step.write_bytes + PAGE, pinned=False)
+                data = buffer[step.offset % PAGE :][: step.write_bytes]
+                self._world.receive(data, rank)
+                self._writer.write(step.tensor.shard, step.offset, data)
+
+
+def all_steps(plan: Plan, assignment: Sequence[range], elements: int) -> list[Iterator[Step]]:
+    return [steps(plan, jobs, elements) for jobs in assignment]

@@ -1,0 +1,199 @@
+"""The command line: merge, plan, inspect."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
+
+import click
+from torch.distributed.elastic.multiprocessing.errors import record
+
+import distmerge
+from distmerge import log, presentation
+from distmerge.errors import DistmergeError
+from distmerge.launchers import detect
+from distmerge.pipeline import DEFAULT_SHARD, Options
+
+Command = TypeVar("Command", bound=Callable[..., object])
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+SIGTERM_CODE = 128 + signal.SIGTERM
+
+
+def recipe_options(command: Command) -> Command:
+    """CONFIG and the options that change how it is read."""
+    for decorate in (
+        click.argument("config", type=click.Path(exists=True, dir_okay=False)),
+        click.option(
+            "--set", "overrides", multiple=True, metavar="KEY=VALUE",
+            help="Override a key of the recipe, dotted: --set trajectory.last=4. May be repeated.",
+        ),
+        click.option("--lenient", is_flag=True, help="Warn about unknown keys instead of failing."),
+        click.option(
+            "--shard-size", default=DEFAULT_SHARD, show_default=True, metavar="SIZE",
+            help="Data in one output file, at most: 5GB, 500MB; 5B means the same as 5GB.",
+        ),
+    ):  # fmt: skip
+        command = decorate(command)
+    return command
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(distmerge.__version__, prog_name="distmerge")
+@click.option("--local_rank", "--local-rank", type=int, hidden=True, help="deepspeed adds this.")
+def cli(local_rank: int | None) -> None:
+    """Merge checkpoints of large language models that do not fit on one machine.
+
+    \b
+    distmerge plan CONFIG                 what would happen; reads headers only
+    distmerge merge CONFIG OUT            merge, in this process alone
+    torchrun --nproc-per-node=8 -m distmerge merge CONFIG OUT
+                                          the same bytes, by eight ranks
+    distmerge inspect PATH                what a checkpoint holds
+
+    CONFIG is a YAML recipe: mergekit's for merge_method: linear, or a trajectory: for
+    merge_method: average.
+
+    Exit codes: 0 done, 1 failed, 2 a mistake that you can mend (torchrun turns all into 1).
+    """
+
+
+@cli.command()
+@recipe_options
+@click.argument("out", type=click.Path())
+@click.option(
+    "--memory", metavar="SIZE",
+    help="Budget of each rank's buffers, as 500MB.  [default: a share of what is free]",
+)  # fmt: skip
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+    help="auto takes the CPU for weighted sums: they wait for the disk.",
+)  # fmt: skip
+@click.option(
+    "--assemble", type=click.Choice(["auto", "direct", "gather"]), default="auto",
+    show_default=True,
+    help="direct: ranks write the shards in place. gather: ranks that do not see OUT send their "
+    "results to ranks that do. auto: whatever a probe shows.",
+)  # fmt: skip
+@click.option(
+    "--read", type=click.Choice(["auto", "mmap", "pread"]), default="auto", show_default=True,
+    help="How to read inputs. auto: mapped where the page cache holds them, else large reads.",
+)  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace OUT if distmerge wrote it.")
+@click.option(
+    "--allow-nonfinite", is_flag=True, help="Go on (and count) where inputs hold NaN or Inf."
+)
+@click.option("--quiet", "-q", is_flag=True, help="Print nothing but warnings and errors.")
+@click.option("--verbose", "-v", is_flag=True, help="Print what every rank does.")
+def merge(
+    config: str,
+    out: str,
+    overrides: tuple[str, ...],
+    lenient: bool,
+    quiet: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Merge the checkpoints of CONFIG into the folder OUT.
+
+    OUT appears when it is complete, and not before. Run it under torchrun, accelerate, deepspeed
+    or srun to share the work; the bytes do not depend on the number of ranks.
+    """
+    rank = detect(os.environ).rank
+    log.configure(rank=rank, verbose=verbose, quiet=quiet)
+    result = distmerge.merge(
+        config,
+        out,
+        overrides=overrides,
+        lenient=lenient,
+        options=Options(progress=not quiet, **options),
+    )
+    if rank == 0 and not quiet:
+        click.echo(presentation.summary(result))
+
+
+@cli.command()
+@recipe_options
+@click.option("--ranks", type=click.IntRange(min=1), default=1, show_default=True, metavar="N")
+@click.option("--memory", metavar="SIZE", help="Budget of each rank's buffers, as 500MB.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plan(
+    config: str,
+    overrides: tuple[str, ...],
+    lenient: bool,
+    shard_size: str,
+    ranks: int,
+    memory: str | None,
+    as_json: bool,
+) -> None:
+    """Show what merging CONFIG would do: a dry run that reads headers only.
+
+    Prints inputs with fingerprints, output shards, jobs and bytes of each of N ranks, estimated
+    memory, and the digest on which the ranks agree before they touch a file.
+    """
+    log.configure(rank=0, verbose=False, quiet=False)
+    found = distmerge.plan(config, overrides=overrides, lenient=lenient, shard_size=shard_size)
+    described = presentation.describe(found, ranks=ranks, memory=memory)
+    click.echo(json.dumps(described, indent=2) if as_json else presentation.plan_text(described))
+
+
+@cli.command()
+@click.argument("path")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(path: str, as_json: bool) -> None:
+    """List the tensors, dtypes, shapes and shards of PATH (headers only).
+
+    PATH is a folder, one safetensors file, or a Hub repository as owner/name[@revision].
+    """
+    log.configure(rank=0, verbose=False, quiet=False)
+    described = distmerge.inspect(path).as_plain()
+    text = json.dumps(described, indent=2) if as_json else presentation.inspection_text(described)
+    click.echo(text)
+
+
+class _Terminated(BaseException):
+    """SIGTERM: unwind, so that the temporary folder goes."""
+
+
+def _on_sigterm(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers send it twice
+    raise _Terminated
+
+
+def main() -> None:
+    """Run the command and exit with its code; one line for what the user can mend."""
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    code = 0
+    try:
+        _recorded()
+    except DistmergeError as error:
+        code = error.exit_code
+        if not error.reported:
+            click.echo(f"error: {error}", err=True)
+    except _Terminated:
+        code = SIGTERM_CODE
+        click.echo("error: stopped by SIGTERM; nothing was left at OUT", err=True)
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    except BaseException:
+        code = 1
+        sys.excepthook(*sys.exc_info())
+    if code:
+        # Threads may hang in a system call, or wait for bytes of a rank that is gone.
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(0)
+
+
+@record
+def _recorded() -> None:
+    """torchrun's summary shows what `record` has seen of an unexpected error."""
+    cli(standalone_mode=True)

@@ -1,0 +1,236 @@
+"""The ranks: who we are, what we agree on, how a failure on one rank stops all.
+
+The only module, with `monitor`, that imports torch.distributed. A world of one has no process
+group and takes the same path.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.distributed as torch_dist
+
+from distmerge.errors import DistmergeError, PeerError, RunError
+from distmerge.launchers import Launch, detect
+from distmerge.log import LOGGER
+from distmerge.monitor import Cause, Monitor
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(hours=24)
+"""Of collectives. A rank may rightly wait hours for its peers; the monitor notices dead ones."""
+
+START_TIMEOUT = timedelta(minutes=5)
+"""For all ranks to arrive."""
+
+POLL = 0.5
+"""Seconds between two looks at whether another rank has failed, while waiting for a thread."""
+
+STORE_TIMEOUT = timedelta(seconds=10)
+"""For rank 0 to answer the monitor."""
+
+
+class _Outcome(NamedTuple):
+    """What one rank tells the others at the end of a phase: the value it shares, or its failure."""
+
+    shared: object
+    failure: Cause | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class World:
+    """This rank among its peers, and the ways they work together."""
+
+    rank: int
+    size: int
+    local_rank: int
+    launcher: str
+    monitor: Monitor
+    group: torch_dist.ProcessGroup | None
+
+    def check(self) -> None:
+        """Raise PeerError if any rank has failed. Cheap; call it between blocks."""
+        if (cause := self.monitor.cause) is not None:
+            raise self._peer_error(cause)
+
+    def together(self, phase: str, work: Callable[[], T]) -> T:
+        """Do `work` on every rank; if it fails on any, all raise.
+
+        A rank that failed raises its own error, the others PeerError with the first cause.
+        """
+        result, _ = self._phase(phase, work, share=False)
+        return result
+
+    def gather(self, phase: str, work: Callable[[], T]) -> list[T]:
+        """Do `work` on every rank and return all results, by rank. Errors as in `together`."""
+        _, outcomes = self._phase(phase, work, share=True)
+        return [outcome.shared for outcome in outcomes]  # type: ignore[misc]
+
+    def on_first(self, phase: str, work: Callable[[], T]) -> T:
+        """Do `work` on rank 0 and return its result on every rank. Errors as in `together`."""
+        results = self.gather(phase, lambda: work() if self.rank == 0 else None)
+        return results[0]  # type: ignore[return-value]
+
+    def node_first(self, phase: str, work: Callable[[bool], T]) -> T:
+        """Do `work(False)` on one rank of each host, then `work(True)` on the host's others."""
+        leads = self.local_rank == 0
+        led = self.together(phase, lambda: work(False) if leads else None)
+        return self.together(phase, lambda: work(True) if led is None else led)
+
+    def agree(self, phase: str, what: str, value: str) -> None:
+        """Raise RunError on every rank unless all hold the same `value`."""
+        values = self.gather(phase, lambda: value)
+        for rank, theirs in enumerate(values):
+            if theirs != values[0]:
+                raise RunError(
+                    f"{phase}: rank {rank} has another {what} than rank 0 ({theirs[:16]} and "
+                    f"{values[0][:16]}): do all hosts see the same files and versions?"
+                )
+
+    def wait(self, future: futures.Future[T]) -> T:
+        """The result of one of this rank's threads; PeerError if another rank fails meanwhile.
+
+        Raises RunError where the thread met an error of the operating system.
+        """
+        while not futures.wait([future], timeout=POLL).done:
+            self.check()
+        try:
+            return future.result()
+        except OSError as error:
+            raise RunError(f"{error.filename or 'the output'}: {error.strerror}") from error
+
+    def send(self, data: torch.Tensor, rank: int) -> None:
+        """Send bytes (uint8, contiguous) to `rank`; blocks until it takes them."""
+        torch_dist.send(data, rank, group=self.group)
+
+    def receive(self, data: torch.Tensor, rank: int) -> None:
+        """Fill `data` (uint8, contiguous) with the next bytes that `rank` sends to this one."""
+        torch_dist.recv(data, rank, group=self.group)
+
+    def _phase(self, phase: str, work: Callable[[], T], *, share: bool) -> tuple[T, list[_Outcome]]:
+        try:
+            self.check()
+            result = work()
+        except Exception as error:
+            self._fail(phase, error)
+            raise
+        outcomes = self._exchange(phase, _Outcome(result if share else None, None))
+        failures = [outcome.failure for outcome in outcomes if outcome.failure]
+        if failures:
+            raise self._peer_error(self.monitor.cause or failures[0])
+        return result, outcomes
+
+    def _fail(self, phase: str, error: Exception) -> None:
+        """Tell all ranks of this one's error, and wait for them to stop at the phase's end too."""
+        known = isinstance(error, DistmergeError)
+        kind = "" if known else f"{type(error).__name__}: "
+        where = "" if self.size == 1 else f"rank {self.rank} on {socket.gethostname()}, {phase}: "
+        cause = Cause(self.rank, f"{where}{kind}{error}", error.exit_code if known else 1)  # type: ignore[attr-defined]
+        if not isinstance(error, PeerError):
+            self.monitor.fail(cause)
+        try:
+            self._exchange(phase, _Outcome(None, cause))
+        except PeerError:
+            return
+        if isinstance(error, DistmergeError):
+            error.reported = self.rank > 0
+
+    def _exchange(self, phase: str, mine: _Outcome) -> list[_Outcome]:
+        outcomes: list[_Outcome] = [mine] * self.size
+        if self.group is None:
+            return outcomes
+        try:
+            torch_dist.all_gather_object(outcomes, mine, group=self.group)
+        except (RuntimeError, OSError) as lost:
+            if cause := self.monitor.wait_for_cause():
+                raise self._peer_error(cause) from lost
+            raise PeerError(f"{phase}: lost the connection to another rank: {lost}") from lost
+        return outcomes
+
+    def _peer_error(self, cause: Cause) -> PeerError:
+        """Rank 0 prints the cause, or rank 1 where rank 0 may be dead."""
+        reported = self.rank > (1 if cause.rank == 0 else 0)
+        return PeerError(cause.message, exit_code=cause.exit_code, reported=reported)
+
+
+@contextmanager
+def join(*, use_cuda: bool) -> Iterator[World]:
+    """Join the ranks that the launcher started, or the process group that the caller made.
+
+    A group made here is taken down on success only: after a failure the peers may hang in it.
+    Raises RunError where the ranks can't meet.
+    """
+    adopted = torch_dist.is_available() and torch_dist.is_initialized()
+    launch = _adopted() if adopted else detect(os.environ)
+    if launch.warning:
+        LOGGER.warning("%s", launch.warning)
+    if launch.size > 1 and not adopted:
+        _start(launch, use_cuda)
+    group = torch_dist.new_group(backend="gloo", timeout=TIMEOUT) if launch.size > 1 else None
+    monitor = Monitor(_store(launch, group), launch.rank, launch.size)
+    monitor.start()
+    try:
+        yield World(
+            rank=launch.rank,
+            size=launch.size,
+            local_rank=launch.local_rank,
+            launcher=launch.launcher,
+            monitor=monitor,
+            group=group,
+        )
+    finally:
+        monitor.stop()
+    if launch.size > 1:
+        torch_dist.destroy_process_group(group if adopted else None)
+
+
+def _start(launch: Launch, use_cuda: bool) -> None:
+    assert launch.address is not None
+    host, port = launch.address
+    try:
+        torch_dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if use_cuda else "gloo",
+            init_method=f"tcp://{host}:{port}" if launch.launcher == "slurm" else "env://",
+            rank=launch.rank,
+            world_size=launch.size,
+            timeout=START_TIMEOUT,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise RunError(
+            f"rank {launch.rank} of {launch.size} can't meet the others at {host}:{port}: {error}"
+        ) from error
+
+
+def _adopted() -> Launch:
+    found = detect(os.environ)
+    return Launch(
+        launcher="the caller",
+        rank=torch_dist.get_rank(),
+        size=torch_dist.get_world_size(),
+        local_rank=found.local_rank,
+    )
+
+
+def _store(launch: Launch, group: torch_dist.ProcessGroup | None) -> torch_dist.Store:
+    """A key-value store of our own for the monitor, hosted by rank 0."""
+    if launch.size == 1:
+        return torch_dist.HashStore()
+    host = os.environ.get("MASTER_ADDR") or (launch.address or (socket.gethostname(),))[0]
+    store, told = None, [""]
+    if launch.rank == 0:
+        store = torch_dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        told = [f"{host} {store.port}"]
+    torch_dist.broadcast_object_list(told, src=0, group=group)
+    if store is None:
+        host, port = told[0].split()
+        store = torch_dist.TCPStore(host, int(port), timeout=START_TIMEOUT, wait_for_workers=False)
+    store.set_timeout(STORE_TIMEOUT)
+    return store

@@ -1,0 +1,1 @@
+"""The mathematics: pure functions on tensors that know no files, devices or ranks."""

@@ -1,0 +1,138 @@
+"""A thread in every rank that hears of a failure anywhere within seconds, and adds up progress.
+
+Ranks work for hours between two collectives. So each rank sets a pulse in a shared key-value
+store every second, with the bytes that it has handled, and reads whether some rank has failed.
+The first rank watches all pulses, and the others watch the first rank's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from torch.distributed import Store
+
+from distmerge.log import Progress
+
+INTERVAL = 1.0
+"""Seconds between two pulses."""
+
+SILENCE = 20.0
+"""Seconds without a pulse after which a rank counts as dead."""
+
+GRACE = 6.0
+"""Seconds that a rank gets to stop by itself after another failed; then it is ended: it may hang
+in a system call or wait for bytes that will never come."""
+
+_CAUSE = "cause"
+
+
+class Cause(NamedTuple):
+    """The first failure of the run, as all ranks hear of it."""
+
+    rank: int
+    message: str
+    exit_code: int
+
+
+class Monitor(threading.Thread):
+    """Pulse, failure and progress of one rank; `cause` is set once any rank has failed."""
+
+    def __init__(self, store: Store, rank: int, size: int):
+        super().__init__(name="monitor", daemon=True)
+        self.cause: Cause | None = None
+        self._store, self._rank, self._size = store, rank, size
+        self._done = 0
+        self._progress: Progress | None = None
+        self._stopped = threading.Event()
+        now = time.monotonic()
+        watched = range(size) if rank == 0 else range(1)
+        self._pulses = {peer: (b"", now) for peer in watched if peer != rank}
+        self._store_lost: float | None = None
+
+    def advance(self, num_bytes: int) -> None:
+        self._done += num_bytes
+
+    @contextmanager
+    def showing(self, progress: Progress) -> Iterator[None]:
+        """Count from zero, and show all ranks' bytes in `progress` meanwhile."""
+        self._done = 0
+        self._progress = progress
+        try:
+            yield
+        finally:
+            self._progress = None
+
+    def fail(self, cause: Cause) -> None:
+        """Tell all ranks of a failure. What the first rank tells is the cause for all."""
+        try:
+            first = self._store.compare_set(_CAUSE, "", json.dumps(cause))
+            self.cause = Cause(*json.loads(first))
+        except RuntimeError:  # the store went with its rank
+            self.cause = self.cause or cause
+
+    def wait_for_cause(self) -> Cause | None:
+        """Give the news of a failure the time to arrive."""
+        deadline = time.monotonic() + SILENCE + 3 * INTERVAL
+        while self.cause is None and time.monotonic() < deadline:
+            time.sleep(INTERVAL / 10)
+        return self.cause
+
+    def stop(self) -> None:
+        self._stopped.set()
+        if self.is_alive():
+            self.join()
+
+    def run(self) -> None:
+        count = 0
+        while not self._stopped.wait(INTERVAL):
+            count += 1
+            try:
+                self._store.set(f"pulse/{self._rank}", f"{count} {self._done}")
+                self._read_peers()
+                self._store_lost = None
+            except RuntimeError:
+                self._lose_store()
+            if self.cause:
+                self._end_if_stuck()
+
+    def _read_peers(self) -> None:
+        if self._store.check([_CAUSE]):
+            self.cause = self.cause or Cause(*json.loads(self._store.get(_CAUSE)))
+        total, now = self._done, time.monotonic()
+        for peer, (before, since) in self._pulses.items():
+            key = f"pulse/{peer}"
+            pulse = self._store.get(key) if self._store.check([key]) else b""
+            self._pulses[peer] = (pulse, since if pulse == before else now)
+            total += int(pulse.split()[1]) if pulse else 0
+            if pulse == before and now - since > SILENCE:
+                self._declare_dead(peer)
+        if self._progress and not self._stopped.is_set():
+            self._progress.show(total)
+
+    def _declare_dead(self, peer: int) -> None:
+        message = f"rank {peer} has given no sign of life for {SILENCE:.0f} s; was it killed?"
+        self.fail(Cause(peer, message, 1))
+
+    def _lose_store(self) -> None:
+        """The store lives in the first rank: without it for long, that rank is gone."""
+        self._store_lost = self._store_lost or time.monotonic()
+        if not self.cause and time.monotonic() - self._store_lost > 2 * INTERVAL:
+            self.cause = Cause(0, "lost the connection to rank 0; was it killed?", 1)
+
+    def _end_if_stuck(self) -> None:
+        """The main thread should stop at its next check; where it can't, end the process."""
+        if self._stopped.wait(GRACE) or self.cause is None:
+            return
+        if self.cause.rank != self._rank:
+            sys.stderr.write(f"error: rank {self._rank} stopped: {self.cause.message}\n")
+        logging.shutdown()
+        sys.stderr.flush()
+        os._exit(self.cause.exit_code)

@@ -1,0 +1,160 @@
+"""What the commands print: plans, inspections and summaries, as text for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distmerge.document import Plain
+from distmerge.log import format_bytes, parse_bytes
+from distmerge.pipeline import MergeResult
+from distmerge.planner import Plan, assign, buffer_bytes, step_elements
+from distmerge.spec import JOB_ELEMENTS
+
+SHOWN = 12
+"""Rows of a long table: the first and the last ones stand for the rest."""
+
+Described = dict[str, Any]
+
+
+def summary(result: MergeResult) -> str:
+    """The closing lines of a merge."""
+    moved = result.read_bytes + result.written_bytes
+    ranks = "1 rank" if result.ranks == 1 else f"{result.ranks} ranks"
+    lines = [
+        f"{result.out}: {result.tensors} tensors in {_count(result.shards, 'shard')}, "
+        f"{format_bytes(result.written_bytes)}",
+        f"read {format_bytes(result.read_bytes)}, wrote {format_bytes(result.written_bytes)} in "
+        f"{result.pass_seconds:.2f} s ({format_bytes(moved / result.pass_seconds)}/s), "
+        f"{result.seconds:.2f} s in all; {ranks}, peak memory {format_bytes(result.peak_memory)} each",
+    ]
+    if result.nonfinite:
+        lines.append(f"warning: {result.nonfinite} values were NaN or Inf")
+    return "\n".join(lines)
+
+
+def describe(plan: Plan, *, ranks: int, memory: str | None) -> Described:
+    """A plan as JSON. Memory is that of a rank's buffers, with `memory` as budget if given.
+
+    Raises OutputError where the budget is too small.
+    """
+    elements = step_elements(plan, parse_bytes(memory)) if memory else JOB_ELEMENTS
+    rows = [_rank(plan, number, jobs) for number, jobs in enumerate(assign(plan, ranks))]
+    costs = [row["read_bytes"] + row["write_bytes"] for row in rows]
+    mean = sum(costs) / len(costs)
+    return {
+        "digest": plan.digest,
+        "inputs": [
+            {
+                "model": c.label,
+                "step": c.step,
+                "commit": c.revision,
+                "tensors": len(c.tensors),
+                "bytes": c.nbytes,
+                "fingerprint": c.fingerprint,
+                "donor": number == plan.donor,
+            }
+            for number, c in enumerate(plan.inputs)
+        ],
+        "tensors": len(plan.tensors),
+        "tensors_by_rule": _by_rule(plan),
+        "shards": [{"name": shard.name, "bytes": shard.size} for shard in plan.shards],
+        "jobs": len(plan.jobs),
+        "ranks": rows,
+        "balance": max(costs) / mean if mean else 1.0,
+        "memory_bytes": buffer_bytes(plan, elements),
+        "read_bytes": sum(row["read_bytes"] for row in rows),
+        "write_bytes": plan.output_bytes,
+    }
+
+
+def _rank(plan: Plan, number: int, jobs: range) -> Described:
+    return {
+        "rank": number,
+        "jobs": len(jobs),
+        "read_bytes": sum(plan.read_bytes(plan.jobs[j]) for j in jobs),
+        "write_bytes": sum(plan.write_bytes(plan.jobs[j]) for j in jobs),
+    }
+
+
+def _by_rule(plan: Plan) -> dict[str, int]:
+    """How many tensors are summed, copied, or summed from fewer inputs than most."""
+    widest = max((len(t.rule.inputs) for t in plan.tensors if t.rule.kind == "sum"), default=0)
+    counts = {"sum": 0, "sum of fewer inputs": 0, "equal": 0, "copy": 0}
+    for tensor in plan.tensors:
+        fewer = tensor.rule.kind == "sum" and len(tensor.rule.inputs) < widest
+        counts["sum of fewer inputs" if fewer else tensor.rule.kind] += 1
+    return {name: count for name, count in counts.items() if count}
+
+
+def plan_text(described: Described) -> str:
+    """The plan for people."""
+    inputs = [
+        [
+            "*" if row["donor"] else "",
+            row["model"],
+            "" if row["step"] is None else str(row["step"]),
+            str(row["tensors"]),
+            format_bytes(row["bytes"]),
+            row["fingerprint"][:12],
+        ]
+        for row in described["inputs"]
+    ]
+    ranks = [
+        [
+            str(row["rank"]),
+            str(row["jobs"]),
+            format_bytes(row["read_bytes"]),
+            format_bytes(row["write_bytes"]),
+        ]
+        for row in described["ranks"]
+    ]
+    shards = [[row["name"], format_bytes(row["bytes"])] for row in described["shards"]]
+    rules = ", ".join(f"{count} {name}" for name, count in described["tensors_by_rule"].items())
+    return "\n".join(
+        [
+            "Inputs (* gives config and tokenizer)",
+            *_table(["", "model", "step", "tensors", "bytes", "fingerprint"], inputs),
+            "",
+            f"Output: {described['tensors']} tensors ({rules}), {_count(len(shards), 'shard')}",
+            *_table(["shard", "bytes"], shards),
+            "",
+            f"Ranks: {described['jobs']} jobs; the busiest has {described['balance']:.2f} of the mean",
+            *_table(["rank", "jobs", "read", "write"], ranks),
+            "",
+            f"read {format_bytes(described['read_bytes'])}, write "
+            f"{format_bytes(described['write_bytes'])}, buffers of up to "
+            f"{format_bytes(described['memory_bytes'])} per rank",
+            f"digest {described['digest']}",
+        ]
+    )
+
+
+def inspection_text(described: dict[str, Plain]) -> str:
+    """A checkpoint for people: every tensor, then the totals."""
+    c: Described = dict(described)
+    rows = [
+        [row["name"], row["dtype"], str(row["shape"]), row["shard"], format_bytes(row["bytes"])]
+        for row in c["tensors"]
+    ]
+    dtypes = ", ".join(f"{format_bytes(size)} {name}" for name, size in c["bytes_by_dtype"].items())
+    header = ["tensor", "dtype", "shape", "shard", "bytes"]
+    total = f"{len(rows)} tensors in {_count(len(c['shards']), 'shard')}, {format_bytes(c['bytes'])} ({dtypes})"
+    return "\n".join(
+        [*_table(header, rows, shown=len(rows)), "", total, f"fingerprint {c['fingerprint']}"]
+    )
+
+
+def _table(header: list[str], rows: list[list[str]], *, shown: int = SHOWN) -> list[str]:
+    """Aligned columns, two spaces apart."""
+    if len(rows) > shown:
+        rows = [*rows[: shown - 2], ["..."] + [""] * (len(header) - 1), rows[-1]]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    return [
+        "  "
+        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [header, *rows]
+    ]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")

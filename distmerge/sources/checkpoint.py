@@ -1,0 +1,141 @@
+"""One input checkpoint: a folder of safetensors files, with an index or without."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from distmerge.errors import SourceError
+from distmerge.sources.header import Header, read_header
+from distmerge.spec import TensorSpec
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """The tensors of one input by name, and the files that hold them.
+
+    `label` is how the user named it; `revision` the commit of a Hub repository; `step` its place
+    on a trajectory. Tensors are in file order: shard by shard, offset by offset.
+    """
+
+    label: str
+    folder: Path
+    revision: str | None
+    step: int | None
+    files: tuple[Header, ...]
+    tensors: dict[str, TensorSpec]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.tensors.values())
+
+    @property
+    def identity(self) -> str:
+        """Hash of names, sizes and headers: the same for copies on several hosts."""
+        return self._hash(lambda file: f"{file.path.name} {file.size} {file.sha256}\n")
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of `identity` and the files' time stamps: another one after every change."""
+        return self._hash(
+            lambda file: f"{file.path.name} {file.size} {file.sha256} {file.mtime_ns}\n"
+        )
+
+    def _hash(self, line: Callable[[Header], str]) -> str:
+        return hashlib.sha256("".join(map(line, self.files)).encode()).hexdigest()
+
+
+def open_checkpoint(
+    folder: Path, *, label: str, revision: str | None = None, step: int | None = None
+) -> Checkpoint:
+    """Read the index and the headers in `folder`, nothing else.
+
+    Raises SourceError where the folder holds no safetensors, where index and shards disagree, or
+    where a header is damaged.
+    """
+    weight_map = _read_index(folder)
+    names = _natural_sort(set(weight_map.values())) if weight_map else [_single_file(folder)]
+    files = tuple(read_header(_existing_shard(folder, name)) for name in names)
+    tensors = {}
+    for number, (name, header) in enumerate(zip(names, files, strict=True)):
+        for spec in _file_specs(number, header):
+            if weight_map and weight_map.setdefault(spec.name, name) != name:
+                continue  # a second copy; the index says which one counts
+            tensors[spec.name] = spec
+    missing = [name for name in weight_map if name not in tensors]
+    if missing:
+        raise SourceError(
+            f"{folder / INDEX}: tensor {missing[0]!r} is not in {weight_map[missing[0]]} "
+            f"({len(missing)} tensors are not where the index says)"
+        )
+    return Checkpoint(
+        label=label, folder=folder, revision=revision, step=step, files=files, tensors=tensors
+    )
+
+
+def _file_specs(number: int, header: Header) -> list[TensorSpec]:
+    by_offset = sorted(header.tensors.items(), key=lambda item: (item[1].start, item[0]))
+    return [TensorSpec(n, e.dtype, e.shape, number, e.start, e.nbytes) for n, e in by_offset]
+
+
+def _natural_sort(names: set[str]) -> list[str]:
+    """model-2-of-10 before model-10-of-10."""
+    return sorted(
+        names, key=lambda name: [(int(d or 0), t) for d, t in re.findall(r"(\d+)|(\D+)", name)]
+    )
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """The weight_map of the folder's index, empty without an index."""
+    path = folder / INDEX
+    if not path.is_file():
+        return {}
+    try:
+        index = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path}: not JSON ({error})") from error
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SourceError(f"{path}: it has no weight_map")
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or shard in (".", ".."):
+            raise SourceError(
+                f"{path}: tensor {tensor!r} is said to be in {shard!r}, "
+                "which is not the name of a file in this folder"
+            )
+    return weight_map
+
+
+def _existing_shard(folder: Path, name: str) -> Path:
+    path = folder / name
+    if not path.is_file():
+        raise SourceError(f"{folder / INDEX}: it names {name}, which is not in {folder}")
+    return path
+
+
+def _single_file(folder: Path) -> str:
+    found = sorted(p.name for p in folder.glob("*.safetensors") if p.is_file())
+    if "model.safetensors" in found:
+        return "model.safetensors"
+    candidates = [name for name in found if not name.startswith("consolidated")] or found
+    if len(candidates) == 1:
+        return candidates[0]
+    if candidates:
+        raise SourceError(
+            f"{folder}: {len(candidates)} safetensors files ({', '.join(candidates[:3])} ...) "
+            f"but no {INDEX} that says which tensors count"
+        )
+    raise SourceError(f"{folder}: no *.safetensors in it{_other_formats(folder)}")
+
+
+def _other_formats(folder: Path) -> str:
+    other = sorted(p.name for p in folder.glob("*.bin")) + sorted(
+        p.name for p in folder.glob("*.pt")
+    )
+    return f" (found {other[0]}: convert it to safetensors first)" if other else ""

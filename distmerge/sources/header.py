@@ -1,0 +1,147 @@
+"""Read and check the header of one safetensors file. Nothing in the file is trusted.
+
+Format: 8 bytes little-endian length n, n bytes JSON, then the data, which the tensors'
+`data_offsets` must tile without gap or overlap.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from distmerge.errors import SourceError
+from distmerge.spec import DTYPES, DType
+
+MAX_HEADER = 100_000_000
+"""Bytes; the limit of the format's own implementation."""
+
+
+class Entry(NamedTuple):
+    """One tensor in a file: `nbytes` bytes at `start`, counted from the file's first byte."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Header:
+    """A checked header, with what identifies the file: its size, time stamp and header's hash."""
+
+    path: Path
+    tensors: dict[str, Entry]
+    size: int
+    mtime_ns: int
+    sha256: str
+
+
+def read_header(path: Path) -> Header:
+    """Read the header of `path`; raises SourceError that names the file and what is wrong."""
+    try:
+        with path.open("rb") as file:
+            stat = os.fstat(file.fileno())
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            _check_length(path, len(prefix), length, stat.st_size)
+            raw = file.read(length)
+    except OSError as error:
+        raise SourceError(f"{path}: can't be read: {error.strerror}") from error
+    if len(raw) != length:
+        _refuse(path, f"the header is cut off after {len(raw)} of {length} bytes")
+    tensors = _entries(path, _parse(path, raw), 8 + length)
+    _check_tiling(path, tensors, 8 + length, stat.st_size)
+    return Header(
+        path=path,
+        tensors=tensors,
+        size=stat.st_size,
+        mtime_ns=stat.st_mtime_ns,
+        sha256=hashlib.sha256(raw).hexdigest(),
+    )
+
+
+def _refuse(path: Path, reason: str) -> NoReturn:
+    raise SourceError(f"{path}: not a sound safetensors file: {reason}")
+
+
+def _check_length(path: Path, prefix: int, length: int, size: int) -> None:
+    if prefix < 8:
+        _refuse(path, f"it has only {size} bytes")
+    if length > MAX_HEADER:
+        _refuse(path, f"it claims a header of {length} bytes (the limit is {MAX_HEADER})")
+    if 8 + length > size:
+        _refuse(path, f"it claims a header of {length} bytes but has only {size} bytes; truncated?")
+
+
+def _parse(path: Path, raw: bytes) -> dict[str, object]:
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            counts = Counter(name for name, _ in pairs)
+            _refuse(path, f"the header has the key {counts.most_common(1)[0][0]!r} twice")
+        return found
+
+    try:
+        header = json.loads(raw, object_pairs_hook=unique)
+    except RecursionError:
+        _refuse(path, "the header is nested too deeply")
+    except ValueError as error:  # JSON, UTF-8 and oversized integers alike
+        _refuse(path, f"the header is not JSON ({error})")
+    if not isinstance(header, dict):
+        _refuse(path, "the header is not a JSON object")
+    return header
+
+
+def _entries(path: Path, header: dict[str, object], data: int) -> dict[str, Entry]:
+    _check_metadata(path, header.pop("__metadata__", {}))
+    return {name: _entry(path, name, fields, data) for name, fields in header.items()}
+
+
+def _check_metadata(path: Path, metadata: object) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        _refuse(path, "__metadata__ must map strings to strings")
+
+
+def _entry(path: Path, name: str, fields: object, data: int) -> Entry:
+    where = f"tensor {name!r}"
+    if not isinstance(fields, dict):
+        _refuse(path, f"{where} is not described by an object")
+    dtype = DTYPES.get(str(fields.get("dtype")))
+    if dtype is None:
+        _refuse(path, f"{where} has an unknown dtype {fields.get('dtype')!r}")
+    shape = _naturals(path, where, "shape", fields.get("shape"))
+    offsets = _naturals(path, where, "data_offsets", fields.get("data_offsets"))
+    if len(offsets) != 2 or offsets[0] > offsets[1]:
+        _refuse(path, f"{where} has the data_offsets {list(offsets)}")
+    nbytes = offsets[1] - offsets[0]
+    if math.prod(shape) * dtype.bits != nbytes * 8:
+        _refuse(path, f"{where} of {dtype.name} {list(shape)} can't take up {nbytes} bytes")
+    return Entry(dtype, shape, data + offsets[0], nbytes)
+
+
+def _naturals(path: Path, where: str, key: str, value: object) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(type(v) is int and 0 <= v < 2**63 for v in value):
+        _refuse(path, f"{where} has the {key} {str(value)[:80]}")
+    return tuple(value)
+
+
+def _check_tiling(path: Path, tensors: dict[str, Entry], data: int, size: int) -> None:
+    """Tensors must follow each other without gap or overlap from the header to the file's end."""
+    end = data
+    for name, entry in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if entry.start != end:
+            what = (
+                "overlaps the tensor before it" if entry.start < end else "leaves a gap before it"
+            )
+            _refuse(path, f"tensor {name!r} {what} (byte {entry.start} where {end} is next)")
+        end += entry.nbytes
+    if end > size:
+        _refuse(path, f"tensors end at byte {end} but the file has only {size}; truncated?")
+    if end < size:
+        _refuse(path, f"{size - end} bytes follow the last tensor")

@@ -1,0 +1,111 @@
+"""Inputs from the Hugging Face Hub, through huggingface_hub's own cache."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    IncompleteSnapshotError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import httpx
+
+from distmerge.config import ModelRef
+from distmerge.errors import SourceError
+from distmerge.sources.checkpoint import INDEX
+from distmerge.sources.sidecars import SIDECARS
+
+_REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def looks_like_repo(path: str) -> bool:
+    """Whether `path` has the form of a repository's name: 'name' or 'owner/name'."""
+    return _REPO_ID.fullmatch(path) is not None and not path.startswith(".")
+
+
+def is_commit(revision: str) -> bool:
+    return _COMMIT.fullmatch(revision) is not None
+
+
+def pin(ref: ModelRef) -> ModelRef:
+    """The same repository at the commit that its revision means now (or in the cache, offline).
+
+    Raises SourceError where repository or revision can't be had.
+    """
+    if ref.revision and is_commit(ref.revision):
+        return ref._replace(commit=ref.revision)
+    with _explained(ref):
+        try:
+            commit = HfApi().model_info(ref.path, revision=ref.revision).sha
+        except OfflineModeIsEnabled:
+            commit = _snapshot(ref, ("*.json",), local_only=True).name
+    return ref._replace(commit=commit)
+
+
+def download(ref: ModelRef, *, local_only: bool) -> Path:
+    """The folder of a pinned repository: weights (each once) and the files beside them.
+
+    With `local_only` nothing is fetched: another process of this host has done so.
+    Raises SourceError.
+    """
+    with _explained(ref):
+        folder = _snapshot(ref, SIDECARS, local_only)
+        index = folder / INDEX
+        shards: Sequence[str] = ("*.safetensors",)
+        if index.is_file():
+            shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        return _snapshot(ref, shards, local_only)
+
+
+def _snapshot(ref: ModelRef, patterns: Sequence[str], local_only: bool) -> Path:
+    return Path(
+        snapshot_download(
+            ref.path,
+            revision=ref.commit or ref.revision,
+            allow_patterns=list(patterns),
+            ignore_patterns=["*/*.safetensors", "consolidated*.safetensors"],
+            local_files_only=local_only,
+        )
+    )
+
+
+@contextmanager
+def _explained(ref: ModelRef) -> Iterator[None]:
+    """Turn the client's errors into ours. The client's own text may name tokens: it is left out."""
+    try:
+        yield
+    except GatedRepoError as error:
+        raise SourceError(
+            f"{ref}: the repository is gated; ask for access, then set HF_TOKEN"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise SourceError(f"{ref}: the repository has no such revision") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise SourceError(
+            f"{ref}: neither a folder here nor a repository on the Hub (is it private? set HF_TOKEN)"
+        ) from error
+    except (OfflineModeIsEnabled, IncompleteSnapshotError, LocalEntryNotFoundError) as error:
+        raise SourceError(
+            f"{ref}: no such folder, not in the Hub's cache, and the Hub is offline"
+        ) from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "no answer"
+        raise SourceError(f"{ref}: the Hub answered {status}; try again later") from error
+    except (OSError, httpx.HTTPError) as error:
+        raise SourceError(
+            f"{ref}: no such folder, and the Hub can't be reached ({error})"
+        ) from error
+    except (ValueError, KeyError, AttributeError) as error:
+        raise SourceError(f"{ref}: its {INDEX} is not sound") from error

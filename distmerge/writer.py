@@ -1,0 +1,146 @@
+"""The output's shards: made at their full size, written in place, hashed, synced.
+
+Several ranks may write one shard, at offsets that the plan fixed. What a rank writes is hashed
+on the way, as far as it continues the file from its start; the rest is read back.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import threading
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from distmerge.errors import OutputError, RunError
+from distmerge.spec import PAGE, OutputShard
+from distmerge.storage import aligned_buffer, is_local, memory_view, open_direct
+
+_READ_BACK = 8 * 2**20
+
+
+class _Shard:
+    """One shard that this rank writes to."""
+
+    def __init__(self, path: Path, shard: OutputShard, *, direct: bool):
+        self.path, self.size = path, shard.size
+        self._file = os.open(path, os.O_RDWR)
+        self._direct = open_direct(path, os.O_RDWR) if direct else None
+        self._hash = hashlib.sha256(shard.header)
+        self._hashed = len(shard.header)
+        self._lock = threading.Lock()
+
+    def write(self, offset: int, data: torch.Tensor) -> None:
+        """Whole pages go straight to the disk, the rest of the first and the last through the
+        page cache, which neighbours share."""
+        view = memory_view(data)
+        stop = offset + len(view)
+        first, last = -(-offset // PAGE) * PAGE, stop // PAGE * PAGE
+        if self._direct is None or first >= last:
+            _write_all(self._file, view, offset)
+        else:
+            _write_all(self._file, view[: first - offset], offset)
+            _write_all(self._direct, view[first - offset : last - offset], first)
+            _write_all(self._file, view[last - offset :], last)
+        with self._lock:
+            if offset == self._hashed:
+                self._hash.update(view)
+                self._hashed = stop
+
+    def sync(self) -> None:
+        os.fsync(self._file)
+
+    def digest(self) -> str:
+        """sha256 of the whole file, once every rank has written and synced."""
+        source = self._file if self._direct is None else self._direct
+        buffer = aligned_buffer(_READ_BACK, pinned=False)
+        view = memory_view(buffer)
+        while self._hashed < self.size:
+            first = self._hashed // PAGE * PAGE
+            count = os.preadv(source, [view], first)
+            if first + count <= self._hashed:
+                raise RunError(f"{self.path}: it is shorter than what was written to it")
+            self._hash.update(view[self._hashed - first : count])
+            self._hashed = first + count
+        return self._hash.hexdigest()
+
+    def close(self) -> None:
+        for descriptor in (self._file, self._direct):
+            if descriptor is not None:
+                os.close(descriptor)
+
+
+def _write_all(descriptor: int, view: memoryview, offset: int) -> None:
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+class ShardWriter:
+    """This rank's hand on the shards in `folder`. An engine.Sink."""
+
+    def __init__(self, folder: Path, shards: Sequence[OutputShard]):
+        self._folder, self._shards = folder, shards
+        self._direct = is_local(folder)
+        self._open: dict[int, _Shard] = {}
+
+    def write(self, shard: int, offset: int, data: torch.Tensor) -> None:
+        self._shard(shard).write(offset, data)
+
+    def sync(self) -> None:
+        """Return when all that this rank wrote is on the disk."""
+        for shard in self._open.values():
+            shard.sync()
+
+    def digests(self, numbers: Iterable[int]) -> dict[int, str]:
+        """sha256 of the complete shards `numbers`, each opened once by the format's own reader.
+
+        Raises RunError where a shard is not sound.
+        """
+        return {number: self._checked_digest(number) for number in numbers}
+
+    def _checked_digest(self, number: int) -> str:
+        shard = self._shard(number)
+        try:
+            with safe_open(shard.path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise RunError(f"{shard.path}: what was written is not sound: {error}") from error
+        return shard.digest()
+
+    def _shard(self, number: int) -> _Shard:
+        if number not in self._open:
+            shard = self._shards[number]
+            self._open[number] = _Shard(self._folder / shard.name, shard, direct=self._direct)
+        return self._open[number]
+
+    def close(self) -> None:
+        for shard in self._open.values():
+            shard.close()
+        self._open.clear()
+
+
+def create_shards(folder: Path, shards: Sequence[OutputShard], own: Iterable[int]) -> None:
+    """Make the shards `own`, with their headers and at their full size.
+
+    Raises OutputError where the disk is full, before any time was spent on tensors.
+    """
+    allocate = is_local(folder)
+    for shard in (shards[number] for number in own):
+        descriptor = os.open(folder / shard.name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            if allocate and shard.size:
+                os.posix_fallocate(descriptor, 0, shard.size)
+            else:  # network file systems may emulate it by writing every page
+                os.ftruncate(descriptor, shard.size)
+            _write_all(descriptor, memoryview(shard.header), 0)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise OutputError(f"{folder}: no space left for {shard.name}") from error
+            raise
+        finally:
+            os.close(descriptor)
