@@ -27,8 +27,7 @@ from typing import Any, NamedTuple
 import yaml
 
 MIB = 1 << 20
-TIMEOUT_S = 1800
-SAMPLE_S = 0.02
+SAMPLE_S, TIMEOUT_S = 0.02, 1800
 MERGEKIT = ".venv-mergekit/bin"
 VERSIONS = "import sys, importlib.metadata as m; print(*map(m.version, sys.argv[1:]), sep=', ')"
 SECTIONS = {
@@ -68,7 +67,7 @@ class Work(NamedTuple):
             "distmerge-1": [".venv/bin/distmerge", *merge],
             "distmerge-2": [*torchrun, *merge],
             "mergekit": mergekit,
-            "mergekit-async": [*mergekit, "--async-write"],  # faster than its own default
+            "mergekit-async": [*mergekit, "--async-write"],  # may well beat its default
             "floor-buffered": floor,
             "floor-direct": [*floor, "--direct"],
         }
@@ -154,9 +153,8 @@ def _cache(file: Path, *, warm: bool) -> None:
 
 
 def _merge_pass(out: Path) -> dict[str, float]:
-    report = json.loads(_text(out / "distmerge.json") or "{}")  # mergekit leaves none
-    seconds = report.get("run", {}).get("seconds")
-    return {} if seconds is None else {"pass_s": float(seconds)}
+    report = json.loads(_text(out / "distmerge.json") or "{}").get("run", {})  # not mergekit's
+    return {"pass_s": float(report["seconds"])} if "seconds" in report else {}
 
 
 def make_work(workdir: Path, size: str, out: Path) -> Work:
@@ -205,8 +203,7 @@ def run_compute(options: argparse.Namespace) -> Iterator[Run]:
 
 def collect(options: argparse.Namespace) -> dict[str, Any]:
     """Run the sections asked for; one that this machine has no room for leaves a note instead."""
-    runs: list[Run] = []
-    notes = []
+    runs, notes = list[Run](), list[str]()
     for name in options.sections.split(","):
         section = {"main": run_main, "large": run_large, "compute": run_compute}[name]
         try:

@@ -31,9 +31,9 @@ NonFloat = Literal["equal", "donor"]
 _LATER = {
     "slices": "slices are not supported yet",
     "modules": "modules are not supported yet",
-    "tokenizer": "merging tokenizers is not supported yet: remove the key to copy the donor's files",
-    "tokenizer_source": "merging tokenizers is not supported yet: remove the key to copy the donor's",
-    "chat_template": "not supported yet: remove the key to copy the donor's chat template",
+    "tokenizer": "merging tokenizers is not supported yet; without it the donor's is copied",
+    "tokenizer_source": "merging tokenizers is not supported yet; without it the donor's is copied",
+    "chat_template": "not supported yet; without it the donor's is copied",
 }
 _KEYS = (
     "merge_method", "models", "trajectory", "base_model", "parameters",
@@ -191,9 +191,7 @@ def _parse_models(root: Node, keys: dict[str, Node]) -> tuple[ModelEntry, ...]:
     if "models" not in keys:
         root.fail("merge_method: linear needs models:")
     if "trajectory" in keys:
-        keys["trajectory"].fail(
-            "trajectory: belongs to merge_method: average; linear takes models:"
-        )
+        keys["trajectory"].fail("it belongs to merge_method: average; linear takes models:")
     entries = tuple(_parse_model(node) for node in keys["models"].items())
     if not entries:
         keys["models"].fail("no model is listed")
@@ -249,9 +247,8 @@ def _parse_checkpoints(node: Node) -> str | tuple[ModelRef, ...]:
 
 
 def _parse_schedule(fields: dict[str, Node]) -> Schedule:
-    kind, curve, numbers = "uniform", None, ()
-    if node := fields.get("schedule"):
-        kind, curve, numbers = _parse_kind(node)
+    node = fields.get("schedule")
+    kind, curve, numbers = _parse_kind(node) if node else ("uniform", None, ())
     return Schedule(
         kind=kind,
         curve=curve,

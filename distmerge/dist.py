@@ -17,6 +17,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as torch_dist
+from torch.distributed import HashStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from distmerge.errors import DistmergeError, PeerError, RunError
 from distmerge.launchers import Launch, detect
@@ -219,18 +220,18 @@ def _adopted() -> Launch:
     )
 
 
-def _store(launch: Launch, group: torch_dist.ProcessGroup | None) -> torch_dist.Store:
+def _store(launch: Launch, group: torch_dist.ProcessGroup | None) -> Store:
     """A key-value store of our own for the monitor, hosted by rank 0."""
     if launch.size == 1:
-        return torch_dist.HashStore()
+        return HashStore()
     host = os.environ.get("MASTER_ADDR") or (launch.address or (socket.gethostname(),))[0]
     store, told = None, [""]
     if launch.rank == 0:
-        store = torch_dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
         told = [f"{host} {store.port}"]
     torch_dist.broadcast_object_list(told, src=0, group=group)
     if store is None:
         host, port = told[0].split()
-        store = torch_dist.TCPStore(host, int(port), timeout=START_TIMEOUT, wait_for_workers=False)
+        store = TCPStore(host, int(port), timeout=START_TIMEOUT, wait_for_workers=False)
     store.set_timeout(STORE_TIMEOUT)
     return store

@@ -1,4 +1,4 @@
-"""A strict YAML document: every value knows its path and line, so that every error can say where."""
+"""A strict YAML document: every value knows its path and line, so every error can say where."""
 
 from __future__ import annotations
 
@@ -121,11 +121,8 @@ def load(
     Raises ConfigError for what is not YAML, has a tag, a key twice, or an override that fits
     nowhere.
     """
-    if isinstance(source, dict):
-        origin, value = Origin("config", {}, lenient), source
-    else:
-        origin = Origin(str(source), {}, lenient)
-        value = _read_yaml(source, origin)
+    origin = Origin(str(source) if isinstance(source, Path) else "config", {}, lenient)
+    value: Plain = _read_yaml(source, origin) if isinstance(source, Path) else dict(source)
     for override in overrides:
         value = _override(value, override, origin)
     return Node(value, (), origin)
@@ -163,7 +160,7 @@ def _plain(
         return [_plain(loader, n, (*path, i), origin, count) for i, n in enumerate(node.value)]
     if isinstance(node, yaml.MappingNode):
         return _plain_mapping(loader, node, path, origin, count)
-    value = loader.construct_object(node)  # type: ignore[no-untyped-call]
+    value = loader.construct_object(node)
     return value if isinstance(value, (bool, int, float, str, type(None))) else str(node.value)
 
 

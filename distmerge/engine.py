@@ -97,7 +97,12 @@ class Engine:
         self._nonfinite = 0
 
     def run(self, jobs: Iterable[int], inputs: Inputs, sink: Sink, world: World) -> Outcome:
-        """Read, compute and write every job. Raises what goes wrong in any of the three."""
+        """Read, compute and write every job. Raises what goes wrong in any of the three.
+
+        One thread computes: parallelism comes from ranks, and idle OpenMP threads that wait for
+        each other on busy cores cost more than they bring.
+        """
+        torch.set_num_threads(1)
         slots = [self._slot() for _ in range(SLOTS)]
         reading = ThreadPoolExecutor(READERS, "read")
         writing = ThreadPoolExecutor(1, "write")
@@ -192,7 +197,7 @@ class Engine:
     def _sum_on_device(
         self, given: list[torch.Tensor], coefficients: tuple[float, ...], out: torch.Tensor
     ) -> bool:
-        """The same sum on the GPU: pinned buffers, so the copies of all inputs are queued at once."""
+        """The same sum on the GPU; the buffers are pinned, so all copies are queued at once."""
         moved = [x.to(self._device, non_blocking=True) for x in given]
         result = torch.empty_like(out, device=self._device)
         sound = weighted_sum(moved, coefficients, result, block=out.numel())
@@ -204,9 +209,9 @@ class Engine:
             if not torch.equal(raw[0], other):
                 labels = [self._plan.inputs[step.tensor.rule.inputs[i]].label for i in (0, place)]
                 raise MismatchError(
-                    f"{step.tensor.name} ({step.tensor.dtype.name}) differs between {labels[0]} and "
-                    f"{labels[1]}; it can't be averaged. non_float: donor in the recipe takes the "
-                    f"donor's ({self._plan.inputs[self._plan.donor].label})"
+                    f"{step.tensor.name} ({step.tensor.dtype.name}) differs between {labels[0]} "
+                    f"and {labels[1]}; it can't be averaged. non_float: donor in the recipe takes "
+                    f"the donor's ({self._plan.inputs[self._plan.donor].label})"
                 )
 
     def _report_nonfinite(self, step: Step, given: list[torch.Tensor], out: torch.Tensor) -> None:

@@ -26,9 +26,10 @@ class Content(NamedTuple):
 def lay_out(
     contents: Iterable[Content], shard_bytes: int
 ) -> tuple[list[OutputTensor], list[OutputShard]]:
-    """Fill shards in the given order, up to `shard_bytes` of data each (a larger tensor gets its own).
+    """Fill shards in the given order, up to `shard_bytes` of data each.
 
-    Within a shard the widest dtypes come first, so that every tensor is aligned to its items.
+    A larger tensor gets a shard of its own. Within a shard the widest dtypes come first, so that
+    every tensor is aligned to its items.
     Returns the tensors in file order and the shards with their complete headers.
     """
     groups = _fill(contents, shard_bytes)

@@ -34,7 +34,7 @@ def configure(*, rank: int, verbose: bool, quiet: bool) -> None:
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of '5GB', '500MB', '64MiB' or mergekit's '5B' (there B is billion, and it counts bytes).
+    """Bytes of '5GB', '500MB', '64MiB' or mergekit's '5B' (B for billion; it counts bytes).
 
     Raises ConfigError for anything else.
     """

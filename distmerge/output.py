@@ -35,8 +35,11 @@ def check_target(out: Path, inputs: Iterable[Checkpoint], *, overwrite: bool) ->
             raise OutputError(f"{out}: it lies inside the input {folder}; choose another folder")
         if out in folder.parents:
             raise OutputError(f"{out}: the input {folder} lies inside it; choose another folder")
-    if not os.path.lexists(out):
-        return
+    if os.path.lexists(out):
+        _check_replaceable(out, overwrite=overwrite)
+
+
+def _check_replaceable(out: Path, *, overwrite: bool) -> None:
     if not out.is_dir() or out.is_symlink():
         raise OutputError(f"{out}: it exists and is not a folder")
     if not any(out.iterdir()):
@@ -83,7 +86,7 @@ def complete(
 
     `digests` are the shards' sha256 by number; `cast` says that the recipe set an output dtype.
     """
-    files = {
+    files: dict[str, Plain] = {
         shard.name: {"sha256": digests[number], "bytes": shard.size}
         for number, shard in enumerate(plan.shards)
     }

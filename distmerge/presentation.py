@@ -25,7 +25,8 @@ def summary(result: MergeResult) -> str:
         f"{format_bytes(result.written_bytes)}",
         f"read {format_bytes(result.read_bytes)}, wrote {format_bytes(result.written_bytes)} in "
         f"{result.pass_seconds:.2f} s ({format_bytes(moved / result.pass_seconds)}/s), "
-        f"{result.seconds:.2f} s in all; {ranks}, peak memory {format_bytes(result.peak_memory)} each",
+        f"{result.seconds:.2f} s in all; {ranks}, "
+        f"peak memory {format_bytes(result.peak_memory)} each",
     ]
     if result.nonfinite:
         lines.append(f"warning: {result.nonfinite} values were NaN or Inf")
@@ -118,7 +119,8 @@ def plan_text(described: Described) -> str:
             f"Output: {described['tensors']} tensors ({rules}), {_count(len(shards), 'shard')}",
             *_table(["shard", "bytes"], shards),
             "",
-            f"Ranks: {described['jobs']} jobs; the busiest has {described['balance']:.2f} of the mean",
+            f"Ranks: {described['jobs']} jobs; the busiest has {described['balance']:.2f} "
+            "of the mean",
             *_table(["rank", "jobs", "read", "write"], ranks),
             "",
             f"read {format_bytes(described['read_bytes'])}, write "
@@ -138,7 +140,8 @@ def inspection_text(described: dict[str, Plain]) -> str:
     ]
     dtypes = ", ".join(f"{format_bytes(size)} {name}" for name, size in c["bytes_by_dtype"].items())
     header = ["tensor", "dtype", "shape", "shard", "bytes"]
-    total = f"{len(rows)} tensors in {_count(len(c['shards']), 'shard')}, {format_bytes(c['bytes'])} ({dtypes})"
+    shards = _count(len(c["shards"]), "shard")
+    total = f"{len(rows)} tensors in {shards}, {format_bytes(c['bytes'])} ({dtypes})"
     return "\n".join(
         [*_table(header, rows, shown=len(rows)), "", total, f"fingerprint {c['fingerprint']}"]
     )

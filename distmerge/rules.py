@@ -66,7 +66,7 @@ def _weigher(config: Config, sources: Sources, names: Sequence[str]) -> Callable
     count = len(sources.checkpoints)
     if sources.coefficients is not None:
         constant = (*sources.coefficients, *[None] * (count - len(sources.coefficients)))
-        return lambda name: constant
+        return lambda _: constant
     layers = Layers(names)
     levels = [(entry.parameters, config.parameters) for entry in config.models]
     # As mergekit: a base model that is not listed takes part where a global weight includes it.

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from distmerge.config import Schedule, Trajectory
 from distmerge.errors import ConfigError
 
 _STEP = re.compile(r"(?:step|iter|iteration|checkpoint|ckpt)s?[-_=]?(\d+)", re.IGNORECASE)
-_CURVES = {
+_CURVES: dict[str, Callable[[float], float]] = {
     "linear": lambda x: 1 - x,
     "minus-sqrt": lambda x: 1 - math.sqrt(x),
     "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
@@ -22,7 +23,7 @@ _CURVES = {
 
 
 def step_of(name: str) -> int | None:
-    """The step in a checkpoint's name: the number after 'step', 'iter' or 'checkpoint', else the last.
+    """The step in a name: the number after 'step', 'iter' or 'checkpoint', else the last one.
 
     >>> step_of("step1000-tokens4B"), step_of("checkpoint-250"), step_of("run2/00070"), step_of("x")
     (1000, 250, 70, None)
@@ -113,7 +114,7 @@ def _wsm(schedule: Schedule, count: int) -> list[float]:
     decay = list(schedule.numbers)
     if schedule.curve is not None:
         decay = [_CURVES[schedule.curve](i / count) for i in range(count)]
-    later = [a - b for a, b in zip(decay[1:-1], decay[2:], strict=True)] + decay[1:][-1:]
+    later = [a - b for a, b in pairwise(decay[1:])] + decay[1:][-1:]
     return [1 - math.fsum(later), *later]
 
 

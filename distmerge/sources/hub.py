@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import httpx
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
 from distmerge.config import ModelRef
 from distmerge.errors import SourceError
@@ -88,24 +88,25 @@ def _explained(ref: ModelRef) -> Iterator[None]:
         yield
     except GatedRepoError as error:
         raise SourceError(
-            f"{ref}: the repository is gated; ask for access, then set HF_TOKEN"
+            f"{ref}: the repository is gated: ask for access, set HF_TOKEN"
         ) from error
     except RevisionNotFoundError as error:
         raise SourceError(f"{ref}: the repository has no such revision") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise SourceError(
-            f"{ref}: neither a folder here nor a repository on the Hub (is it private? set HF_TOKEN)"
+            f"{ref}: neither a folder here nor a repository on the Hub; if it is private, "
+            "set HF_TOKEN"
         ) from error
     except (OfflineModeIsEnabled, IncompleteSnapshotError, LocalEntryNotFoundError) as error:
         raise SourceError(
-            f"{ref}: no such folder, not in the Hub's cache, and the Hub is offline"
+            f"{ref}: no such folder, not in the Hub's cache, and the Hub can't be reached"
         ) from error
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "no answer"
         raise SourceError(f"{ref}: the Hub answered {status}; try again later") from error
     except (OSError, httpx.HTTPError) as error:
         raise SourceError(
-            f"{ref}: no such folder, and the Hub can't be reached ({error})"
+            f"{ref}: no such folder, and the Hub can't be reached: {error}"
         ) from error
     except (ValueError, KeyError, AttributeError) as error:
         raise SourceError(f"{ref}: its {INDEX} is not sound") from error

@@ -1,4 +1,4 @@
-"""Byte ranges of input files, three ways, as local disks, page caches and network file systems want.
+"""Byte ranges of input files, as local disks, page caches and network file systems want it.
 
 mmap: views of the page cache, without a copy, for files that are already there. pread: large
 reads into the caller's buffer; past the page cache (`direct`) on local disks, through it on

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from distmerge.config import Config, ModelEntry, ModelRef, Trajectory, parse_reference
@@ -99,12 +100,12 @@ def _selected(trajectory: Trajectory) -> Trajectory:
     if steps is None:
         if trajectory.from_step or trajectory.to_step or trajectory.min_interval:
             raise ConfigError(
-                "trajectory: from_step, to_step and min_interval need steps in the names"
+                "trajectory: from_step, to_step, min_interval need steps in the names"
             )
         steps = list(range(len(refs)))
     order = sorted(range(len(refs)), key=steps.__getitem__)
     ordered = [steps[i] for i in order]
-    for before, after in zip(ordered, ordered[1:], strict=False):
+    for before, after in pairwise(ordered):
         if before == after:
             twins = [str(ref) for ref, step in zip(refs, steps, strict=True) if step == before]
             raise ConfigError(
@@ -116,7 +117,7 @@ def _selected(trajectory: Trajectory) -> Trajectory:
 
 
 def _glob(pattern: str) -> list[ModelRef]:
-    paths = [Path(p) for p in sorted(glob.glob(str(Path(pattern).expanduser())))]
+    paths = [Path(p) for p in sorted(glob.glob(str(Path(pattern).expanduser())))]  # noqa: PTH207
     folders = [path.resolve() for path in paths if path.is_dir()]
     if folders and any(p.suffix == ".safetensors" for p in folders[0].iterdir()):
         return [ModelRef(str(folder)) for folder in folders]
