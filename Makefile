@@ -1,0 +1,49 @@
+# Every target sets up what it needs in .venv; nothing else is required but Python 3.10+ and pip.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+.PHONY: setup demo test test-slow test-gpu check format bench bench-plan clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/python benchmarks/demo.py train
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=2 -m distmerge merge configs/average.yaml runs/demo/merged --overwrite
+	$(BIN)/python benchmarks/demo.py evaluate
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/unit/test_layering.py
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup
+	benchmarks/mergekit_env.sh
+	$(BIN)/python benchmarks/bench_average.py
+
+bench-plan: setup
+	$(BIN)/python benchmarks/bench_plan.py
+
+clean:
+	rm -rf $(VENV) .venv-mergekit runs
