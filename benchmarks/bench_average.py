@@ -160,7 +160,7 @@ def _merge_pass(out: Path) -> dict[str, float]:
 def make_work(workdir: Path, size: str, out: Path) -> Work:
     """Write the models that are missing, and the recipe; fails if the disk is too small."""
     folder = workdir / size
-    script = [sys.executable, "benchmarks/synthetic.py", str(folder), "--size", size]
+    script = [".venv/bin/python", "benchmarks/synthetic.py", str(folder), "--size", size]
     subprocess.run(script, check=True)
     inputs = [folder / f"model-{number}" for number in range(3)]
     models = [{"model": str(each.resolve()), "parameters": {"weight": 1.0}} for each in inputs]
