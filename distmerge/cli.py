@@ -120,7 +120,10 @@ def merge(
 
 @cli.command()
 @recipe_options
-@click.option("--ranks", type=click.IntRange(min=1), default=1, show_default=True, metavar="N")
+@click.option(
+    "--ranks", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
+    help="Deal the jobs out to so many ranks.",
+)  # fmt: skip
 @click.option("--memory", metavar="SIZE", help="Budget of each rank's buffers, as 500MB.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(
