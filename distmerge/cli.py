@@ -29,7 +29,7 @@ SIGTERM_CODE = 128 + signal.SIGTERM
 def recipe_options(command: Command) -> Command:
     """CONFIG and the options that change how it is read."""
     for decorate in (
-        click.argument("config", type=click.Path(exists=True, dir_okay=False)),
+        click.argument("config", type=click.Path()),
         click.option(
             "--set", "overrides", multiple=True, metavar="KEY=VALUE",
             help="Override a key of the recipe, dotted: --set trajectory.last=4. May be repeated.",
@@ -174,11 +174,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _on_sigterm)
     code = 0
     try:
-        _recorded()
-    except DistmergeError as error:
-        code = error.exit_code
-        if not error.reported:
-            click.echo(f"error: {error}", err=True)
+        _run()
     except _Terminated:
         code = SIGTERM_CODE
         click.echo("error: stopped by SIGTERM; nothing was left at OUT", err=True)
@@ -197,6 +193,12 @@ def main() -> None:
 
 
 @record
-def _recorded() -> None:
-    """torchrun's summary shows what `record` has seen of an unexpected error."""
-    cli(standalone_mode=True)
+def _run() -> None:
+    """The command. What people can mend leaves as a line and a code, anything else as a traceback:
+    `record` puts that into torchrun's summary."""
+    try:
+        cli()
+    except DistmergeError as error:
+        if not error.reported:
+            click.echo(f"error: {error}", err=True)
+        raise SystemExit(error.exit_code) from error

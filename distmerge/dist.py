@@ -97,16 +97,10 @@ class World:
                 )
 
     def wait(self, future: futures.Future[T]) -> T:
-        """The result of one of this rank's threads; PeerError if another rank fails meanwhile.
-
-        Raises RunError where the thread met an error of the operating system.
-        """
+        """The result of one of this rank's threads; PeerError if another rank fails meanwhile."""
         while not futures.wait([future], timeout=POLL).done:
             self.check()
-        try:
-            return future.result()
-        except OSError as error:
-            raise RunError(f"{error.filename or 'the output'}: {error.strerror}") from error
+        return future.result()
 
     def send(self, data: torch.Tensor, rank: int) -> None:
         """Send bytes (uint8, contiguous) to `rank`; blocks until it takes them."""
@@ -117,9 +111,10 @@ class World:
         torch_dist.recv(data, rank, group=self.group)
 
     def _phase(self, phase: str, work: Callable[[], T], *, share: bool) -> tuple[T, list[_Outcome]]:
+        LOGGER.debug("%s", phase)
         try:
             self.check()
-            result = work()
+            result = _without_os_errors(work)
         except Exception as error:
             self._fail(phase, error)
             raise
@@ -160,6 +155,15 @@ class World:
         """Rank 0 prints the cause, or rank 1 where rank 0 may be dead."""
         reported = self.rank > (1 if cause.rank == 0 else 0)
         return PeerError(cause.message, exit_code=cause.exit_code, reported=reported)
+
+
+def _without_os_errors(work: Callable[[], T]) -> T:
+    """What the operating system refuses is a failure of the run, not of the program."""
+    try:
+        return work()
+    except OSError as error:
+        file = f"{error.filename}: " if error.filename else ""
+        raise RunError(f"{file}{error.strerror or error}") from error
 
 
 @contextmanager

@@ -79,41 +79,49 @@ def leftovers(out: Path) -> list[Path]:
     return sorted(out.parent.glob(f".{out.name}.distmerge-*"))
 
 
-def complete(
-    temporary: Path, plan: Plan, digests: Mapping[int, str], recipe: Plain, *, cast: bool
-) -> None:
-    """Add what stands beside the shards; the index last, for without it nothing can be loaded.
+def write_sidecars(temporary: Path, plan: Plan, *, cast: bool) -> dict[str, Plain]:
+    """Copy the donor's config, tokenizer and code; returns their sizes and hashes by name.
 
-    `digests` are the shards' sha256 by number; `cast` says that the recipe set an output dtype.
+    `cast` says that the recipe set an output dtype. Raises SourceError for a damaged config.json.
     """
-    files: dict[str, Plain] = {
-        shard.name: {"sha256": digests[number], "bytes": shard.size}
-        for number, shard in enumerate(plan.shards)
-    }
-    for name, content in _sidecar_contents(plan, cast=cast):
-        _write(temporary / name, content)
-        files[str(name)] = _described(content)
+    donor = plan.inputs[plan.donor].folder
+    files: dict[str, Plain] = {}
+    for name in sidecars(donor):
+        if name == Path("config.json") and plan.main_dtype is not None:
+            content = config_with_dtype(donor / name, plan.main_dtype, everywhere=cast)
+        else:
+            content = (donor / name).read_bytes()
+        files[str(name)] = _write(temporary / name, content)
+    return files
+
+
+def complete(
+    temporary: Path, out: Path, plan: Plan, files: Mapping[str, Plain], recipe: Plain
+) -> None:
+    """Add the manifest and, last, the index, without which nothing loads; then rename to `out`.
+
+    `files` describes the shards and what else is there, by name.
+    """
     index = plan.index
-    if index is not None:
-        files[INDEX] = _described(index)
-    manifest = json.dumps(_manifest(plan, recipe, files), indent=2, ensure_ascii=False)
-    _write(temporary / MANIFEST, f"{manifest}\n".encode())
+    indexed = {} if index is None else {INDEX: described(_sha256(index), len(index))}
+    manifest = _manifest(plan, recipe, {**files, **indexed})
+    _write(
+        temporary / MANIFEST,
+        (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode(),
+    )
     if index is not None:
         _write(temporary / INDEX, index)
     _sync_folder(temporary)
+    _rename(temporary, out)
 
 
-def _sidecar_contents(plan: Plan, *, cast: bool) -> Iterable[tuple[Path, bytes]]:
-    donor = plan.inputs[plan.donor].folder
-    for name in sidecars(donor):
-        if name == Path("config.json") and plan.main_dtype is not None:
-            yield name, config_with_dtype(donor / name, plan.main_dtype, everywhere=cast)
-        else:
-            yield name, (donor / name).read_bytes()
+def described(sha256: str, num_bytes: int) -> dict[str, Plain]:
+    """A file as the manifest lists it."""
+    return {"sha256": sha256, "bytes": num_bytes}
 
 
-def _described(content: bytes) -> dict[str, Plain]:
-    return {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _manifest(plan: Plan, recipe: Plain, files: Mapping[str, Plain]) -> dict[str, Plain]:
@@ -175,7 +183,7 @@ def versions() -> dict[str, Plain]:
     }
 
 
-def publish(temporary: Path, out: Path) -> None:
+def _rename(temporary: Path, out: Path) -> None:
     """Give the complete folder its name; what `out` held before goes once that has worked."""
     old = out.parent / f"{temporary.name}-replaced"
     if out.exists() and any(out.iterdir()):
@@ -185,12 +193,13 @@ def publish(temporary: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write(path: Path, content: bytes) -> None:
+def _write(path: Path, content: bytes) -> dict[str, Plain]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("xb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+    return described(_sha256(content), len(content))
 
 
 def _sync_folder(folder: Path) -> None:

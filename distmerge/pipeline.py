@@ -21,7 +21,7 @@ from distmerge.document import Plain
 from distmerge.engine import Engine, Outcome
 from distmerge.errors import OutputError
 from distmerge.log import LOGGER, Progress, parse_bytes
-from distmerge.planner import Plan, assign, build_plan, step_elements
+from distmerge.planner import DEFAULT_MEMORY, Plan, assign, build_plan, step_elements
 from distmerge.resolved import as_recipe
 from distmerge.sources.reader import Inputs, ReadMode
 from distmerge.sources.resolve import open_sources, pinned
@@ -33,7 +33,7 @@ Recipe = str | Path | dict[str, Plain]
 
 DEFAULT_SHARD = "5GB"
 MEMORY_SHARE = 0.5
-"""Of a host's free memory, what its ranks together may take where --memory does not say."""
+"""Of a host's free memory, what its ranks together take at most where --memory does not say."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +74,7 @@ class MergeResult:
     peak_memory: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class _Run:
     """What the stages of one merge share."""
 
@@ -105,8 +105,8 @@ def merge(
     started = time.monotonic()
     target = Path(out).expanduser().resolve()
     shard_bytes = parse_bytes(options.shard_size)
-    device = _device(options.device)
-    with join(use_cuda=device.type == "cuda") as world:
+    use_cuda = _wants_cuda(options.device)
+    with join(use_cuda=use_cuda) as world:
         recipe = world.on_first(
             "read the recipe",
             lambda: pinned(load_config(config, overrides=overrides, lenient=lenient)),
@@ -117,16 +117,17 @@ def merge(
         plan = world.together("plan", lambda: build_plan(recipe, sources, shard_bytes=shard_bytes))
         world.agree("plan", "plan", plan.digest)
         with _temporary_folder(world, target, plan, options) as folder:
-            run = _Run(world=world, plan=plan, folder=folder, options=options, device=device)
+            cast = recipe.output_dtype is not None
+            beside = world.on_first(
+                "copy the donor's files", lambda: output.write_sidecars(folder, plan, cast=cast)
+            )
+            run = _Run(world, plan, folder, options, _device(world, use_cuda=use_cuda))
             outcomes, digests, seconds = _merge_pass(run)
             carried_out = as_recipe(recipe, sources.coefficients)
             world.on_first(
                 "finish the output",
-                lambda: output.complete(
-                    folder, plan, digests, carried_out, cast=recipe.output_dtype is not None
-                ),
+                lambda: output.complete(folder, target, plan, {**beside, **digests}, carried_out),
             )
-            world.on_first("rename the output", lambda: output.publish(folder, target))
         peaks = world.gather("end", peak_memory)
     return MergeResult(
         out=target,
@@ -156,12 +157,16 @@ def plan(
     return build_plan(recipe, sources, shard_bytes=parse_bytes(shard_size))
 
 
-def _device(choice: DeviceChoice) -> torch.device:
-    if choice != "cuda":
+def _device(world: World, *, use_cuda: bool) -> torch.device:
+    if not use_cuda:
         return torch.device("cpu")
-    if not torch.cuda.is_available():
+    return torch.device("cuda", world.local_rank % torch.cuda.device_count())
+
+
+def _wants_cuda(choice: DeviceChoice) -> bool:
+    if choice == "cuda" and not torch.cuda.is_available():
         raise OutputError("--device cuda: there is no CUDA device here; use --device cpu")
-    return torch.device("cuda")
+    return choice == "cuda"
 
 
 @contextmanager
@@ -182,8 +187,8 @@ def _temporary_folder(world: World, target: Path, plan: Plan, options: Options) 
         raise
 
 
-def _merge_pass(run: _Run) -> tuple[list[Outcome], dict[int, str], float]:
-    """Every tensor of the output, on the disk: what the ranks did, the shards' sha256, seconds."""
+def _merge_pass(run: _Run) -> tuple[list[Outcome], dict[str, Plain], float]:
+    """Every tensor of the output, on the disk: what the ranks did, the shards' hashes, seconds."""
     started = time.monotonic()
     world, plan = run.world, run.plan
     elements = _agreed_elements(run)
@@ -197,8 +202,12 @@ def _merge_pass(run: _Run) -> tuple[list[Outcome], dict[int, str], float]:
         )
         world.together("sync the shards", writer.sync)
         digests = world.gather("check the shards", lambda: writer.digests(own))
-    merged = {number: digest for part in digests for number, digest in part.items()}
-    return outcomes, merged, time.monotonic() - started
+    shards: dict[str, Plain] = {
+        plan.shards[number].name: output.described(digest, plan.shards[number].size)
+        for part in digests
+        for number, digest in part.items()
+    }
+    return outcomes, shards, time.monotonic() - started
 
 
 def _agreed_elements(run: _Run) -> int:
@@ -208,7 +217,7 @@ def _agreed_elements(run: _Run) -> int:
     hosts = run.world.gather("look for memory", lambda: (socket.gethostname(), free_memory()))
     names = [name for name, _ in hosts]
     budgets = [int(MEMORY_SHARE * free / names.count(name)) for name, free in hosts]
-    return step_elements(run.plan, min(budgets))
+    return step_elements(run.plan, min(DEFAULT_MEMORY, *budgets))
 
 
 def _run_jobs(

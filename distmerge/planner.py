@@ -30,6 +30,9 @@ from distmerge.spec import (
 FORMAT = 1
 """Goes up whenever the same recipe and inputs would give other bytes."""
 
+DEFAULT_MEMORY = 512 * 10**6
+"""Bytes of buffers that a rank takes at most by itself; more makes nothing faster."""
+
 SLOTS = 3
 """Jobs of one rank that are under way at once: one read, one computed, one written."""
 

@@ -7,8 +7,7 @@ from typing import Any
 from distmerge.document import Plain
 from distmerge.log import format_bytes, parse_bytes
 from distmerge.pipeline import MergeResult
-from distmerge.planner import Plan, assign, buffer_bytes, step_elements
-from distmerge.spec import JOB_ELEMENTS
+from distmerge.planner import DEFAULT_MEMORY, Plan, assign, buffer_bytes, step_elements
 
 SHOWN = 12
 """Rows of a long table: the first and the last ones stand for the rest."""
@@ -38,7 +37,7 @@ def describe(plan: Plan, *, ranks: int, memory: str | None) -> Described:
 
     Raises OutputError where the budget is too small.
     """
-    elements = step_elements(plan, parse_bytes(memory)) if memory else JOB_ELEMENTS
+    elements = step_elements(plan, parse_bytes(memory) if memory else DEFAULT_MEMORY)
     rows = [_rank(plan, number, jobs) for number, jobs in enumerate(assign(plan, ranks))]
     costs = [row["read_bytes"] + row["write_bytes"] for row in rows]
     mean = sum(costs) / len(costs)

@@ -17,6 +17,7 @@ from typing import Literal, Protocol
 import torch
 
 from distmerge.errors import RunError, SourceError
+from distmerge.log import LOGGER
 from distmerge.sources.checkpoint import Checkpoint
 from distmerge.spec import PAGE
 from distmerge.storage import is_cached, is_local, memory_view, open_direct
@@ -105,9 +106,9 @@ def open_reader(path: Path, mode: ReadMode) -> ByteReader:
     """Open `path` the way that suits where it lies, or as `mode` says."""
     try:
         local = is_local(path)
-        if mode == "mmap" or (mode == "auto" and local and _cached(path)):
-            return _Mapped(path)
-        return _Read(path, direct=local)
+        mapped = mode == "mmap" or (mode == "auto" and local and _cached(path))
+        LOGGER.debug("%s: %s", path, "mapped" if mapped else "read")
+        return _Mapped(path) if mapped else _Read(path, direct=local)
     except OSError as error:
         raise SourceError(f"{path}: can't be opened: {error.strerror}") from error
 
