@@ -121,7 +121,9 @@ class World:
         outcomes = self._exchange(phase, _Outcome(result if share else None, None))
         failures = [outcome.failure for outcome in outcomes if outcome.failure]
         if failures:
-            raise self._peer_error(self.monitor.cause or failures[0])
+            first = self.monitor.cause or failures[0]
+            # Rank 0 has just answered: it reports the cause.
+            raise PeerError(first.message, exit_code=first.exit_code, reported=self.rank > 0)
         return result, outcomes
 
     def _fail(self, phase: str, error: Exception) -> None:

@@ -129,8 +129,18 @@ def merge(
                 lambda: output.complete(folder, target, plan, {**beside, **digests}, carried_out),
             )
         peaks = world.gather("end", peak_memory)
+    return _result(target, plan, outcomes, peaks, (time.monotonic() - started, seconds))
+
+
+def _result(
+    out: Path,
+    plan: Plan,
+    outcomes: Sequence[Outcome],
+    peaks: Sequence[int],
+    seconds: tuple[float, float],
+) -> MergeResult:
     return MergeResult(
-        out=target,
+        out=out,
         digest=plan.digest,
         ranks=len(peaks),
         tensors=len(plan.tensors),
@@ -138,8 +148,8 @@ def merge(
         read_bytes=sum(outcome.read_bytes for outcome in outcomes),
         written_bytes=plan.output_bytes,
         nonfinite=sum(outcome.nonfinite for outcome in outcomes),
-        seconds=time.monotonic() - started,
-        pass_seconds=seconds,
+        seconds=seconds[0],
+        pass_seconds=seconds[1],
         peak_memory=max(peaks),
     )
 
