@@ -11,6 +11,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -26,8 +27,9 @@ _READ_BACK = 8 * 2**20
 class _Shard:
     """One shard that this rank writes to."""
 
-    def __init__(self, path: Path, shard: OutputShard, *, direct: bool):
+    def __init__(self, path: Path, shard: OutputShard, hashing: Executor, *, direct: bool):
         self.path, self.size = path, shard.size
+        self._hashing = hashing
         self._file = os.open(path, os.O_RDWR)
         self._direct = open_direct(path, os.O_RDWR) if direct else None
         self._hash = hashlib.sha256(shard.header)
@@ -36,8 +38,9 @@ class _Shard:
 
     def write(self, offset: int, data: torch.Tensor) -> None:
         """Whole pages go straight to the disk, the rest of the first and the last through the
-        page cache, which neighbours share."""
+        page cache, which neighbours share. The data is hashed meanwhile."""
         view = memory_view(data)
+        hashed = self._hashing.submit(self._follow, offset, view)
         stop = offset + len(view)
         first, last = -(-offset // PAGE) * PAGE, stop // PAGE * PAGE
         if self._direct is None or first >= last:
@@ -46,10 +49,13 @@ class _Shard:
             _write_all(self._file, view[: first - offset], offset)
             _write_all(self._direct, view[first - offset : last - offset], first)
             _write_all(self._file, view[last - offset :], last)
+        hashed.result()
+
+    def _follow(self, offset: int, view: memoryview) -> None:
         with self._lock:
             if offset == self._hashed:
                 self._hash.update(view)
-                self._hashed = stop
+                self._hashed += len(view)
 
     def sync(self) -> None:
         os.fsync(self._file)
@@ -87,6 +93,7 @@ class ShardWriter:
         self._folder, self._shards = folder, shards
         self._direct = is_local(folder)
         self._open: dict[int, _Shard] = {}
+        self._hashing = ThreadPoolExecutor(1, "hash")
 
     def write(self, shard: int, offset: int, data: torch.Tensor) -> None:
         self._shard(shard).write(offset, data)
@@ -115,13 +122,15 @@ class ShardWriter:
     def _shard(self, number: int) -> _Shard:
         if number not in self._open:
             shard = self._shards[number]
-            self._open[number] = _Shard(self._folder / shard.name, shard, direct=self._direct)
+            path = self._folder / shard.name
+            self._open[number] = _Shard(path, shard, self._hashing, direct=self._direct)
         return self._open[number]
 
     def close(self) -> None:
         for shard in self._open.values():
             shard.close()
         self._open.clear()
+        self._hashing.shutdown(wait=False)
 
 
 def create_shards(folder: Path, shards: Sequence[OutputShard], own: Iterable[int]) -> None:
