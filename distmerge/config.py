@@ -175,9 +175,21 @@ def _parse_ref(node: Node) -> ModelRef:
         node.fail(str(error))
 
 
+def as_path(text: str) -> Path:
+    """`text` as a path, with ~ expanded. Raises ConfigError where it can't be one."""
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+        path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{text[:60]!r} can't be a path: {reason}") from error
+    return path
+
+
 def parse_reference(text: str) -> ModelRef:
     """The model that 'path' or 'path@revision' names. Raises ConfigError."""
-    if Path(text).exists():
+    if as_path(text).exists():
         return ModelRef(text)
     if "+" in text:
         raise ConfigError(f"{text}: LoRA adapters (model+adapter) are not supported yet")

@@ -22,6 +22,8 @@ Plain = None | bool | int | float | str | list["Plain"] | dict[str, "Plain"]
 
 PathTo = tuple[str | int, ...]
 
+_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
+
 
 @dataclass(frozen=True, slots=True)
 class Origin:
@@ -98,15 +100,13 @@ class Node:
 
     def number(self) -> float:
         """A finite number. YAML 1.1 reads 1e-3 as text; people mean the number."""
-        value = self.value
-        if isinstance(value, str):
-            try:
-                value = float(value)
-            except ValueError:
-                value = None
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
+        try:
+            value = float(self.value) if isinstance(self.value, (int, float, str)) else math.nan
+        except (ValueError, OverflowError):
+            value = math.nan
+        if not math.isfinite(value):
             self.fail(f"expected a finite number; got {_shown(self.value)}")
-        return float(value)
+        return value
 
 
 def _shown(value: Plain) -> str:
@@ -130,18 +130,27 @@ def load(
 
 def _read_yaml(path: Path, origin: Origin) -> Plain:
     try:
-        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
-        root = loader.get_single_node()
-        if root is None:
-            raise ConfigError(f"{path}: the file is empty")
-        count = iter(range(MAX_NODES))
-        return _plain(loader, root, (), origin, count)
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: can't be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from error
+    value = _parse(text, origin)
+    if value is None:
+        raise ConfigError(f"{path}: the file is empty")
+    return value
+
+
+def _parse(text: str, origin: Origin) -> Plain:
+    """The value of a YAML document, None for an empty one; fills `origin.lines`."""
+    try:
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+        return None if root is None else _plain(loader, root, (), origin, iter(range(MAX_NODES)))
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{origin.name}: not valid YAML: {_one_line(error)}") from error
     except RecursionError as error:
-        raise ConfigError(f"{path}: nested too deeply") from error
+        raise ConfigError(f"{origin.name}: nested too deeply") from error
 
 
 def _one_line(error: Exception) -> str:
@@ -156,6 +165,8 @@ def _plain(
     if next(count, None) is None:
         raise ConfigError(f"{origin.name}: more than {MAX_NODES} values")
     origin.lines[path] = f" line {node.start_mark.line + 1}"
+    if isinstance(node, yaml.CollectionNode) and node.tag not in _TAGS:
+        raise ConfigError(f"{origin.where(path)}: the tag {node.tag} is not allowed")
     if isinstance(node, yaml.SequenceNode):
         return [_plain(loader, n, (*path, i), origin, count) for i, n in enumerate(node.value)]
     if isinstance(node, yaml.MappingNode):
@@ -173,11 +184,14 @@ def _plain_mapping(
 ) -> Plain:
     seen: set[str] = set()
     for key, _ in node.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise ConfigError(f"{origin.name} line {line}: a key must be text")
         if key.value in seen:
-            line = key.start_mark.line + 1
             raise ConfigError(f"{origin.name} line {line}: {key.value!r} stands here twice")
         seen.add(str(key.value))
-    loader.flatten_mapping(node)  # `<<: *defaults`
+    loader.flatten_mapping(node)  # `<<: *defaults`; what stands later counts
+    node.value = list({str(key.value): (key, value) for key, value in node.value}.values())
     return {
         str(key.value): _plain(loader, value, (*path, str(key.value)), origin, count)
         for key, value in node.value
@@ -190,10 +204,7 @@ def _override(root: Plain, override: str, origin: Origin) -> Plain:
         raise ConfigError(
             f"--set {override}: write --set key=value, for example --set trajectory.last=4"
         )
-    try:
-        value: Plain = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: not valid YAML: {_one_line(error)}") from error
+    value = _parse(text, Origin(f"--set {override}", {}, lenient=False))
     path: PathTo = tuple(int(part) if part.isdigit() else part for part in key.split("."))
     for known in [p for p in origin.lines if p[: len(path)] == path]:
         del origin.lines[known]

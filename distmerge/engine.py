@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -80,6 +81,18 @@ def steps(plan: Plan, jobs: Iterable[int], elements: int) -> Iterator[Step]:
             yield Step(plan.tensors[job.tensor], start, min(start + elements, job.stop))
 
 
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Parallelism comes from ranks. OpenMP threads that wait for each other on busy cores cost
+    more than they bring, and their number can change last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class Engine:
     """Runs the jobs of one rank. The budget is in `elements`, see planner.step_elements."""
 
@@ -97,12 +110,7 @@ class Engine:
         self._nonfinite = 0
 
     def run(self, jobs: Iterable[int], inputs: Inputs, sink: Sink, world: World) -> Outcome:
-        """Read, compute and write every job. Raises what goes wrong in any of the three.
-
-        One thread computes: parallelism comes from ranks, and idle OpenMP threads that wait for
-        each other on busy cores cost more than they bring.
-        """
-        torch.set_num_threads(1)
+        """Read, compute and write every job. Raises what goes wrong in any of the three."""
         slots = [self._slot() for _ in range(SLOTS)]
         reading = ThreadPoolExecutor(READERS, "read")
         writing = ThreadPoolExecutor(1, "write")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from distmerge.config import as_path
 from distmerge.document import Plain
-from distmerge.sources.checkpoint import Checkpoint
+from distmerge.sources.checkpoint import Checkpoint, open_file
 from distmerge.sources.resolve import open_reference
 
 
@@ -45,6 +46,7 @@ class Inspection:
 def inspect(path: str | Path) -> Inspection:
     """Read the headers of a folder, of one safetensors file, or of a Hub repository[@revision].
 
-    Raises SourceError.
+    Raises ConfigError or SourceError.
     """
-    return Inspection(checkpoint=open_reference(str(path)))
+    file = as_path(str(path))
+    return Inspection(checkpoint=open_file(file) if file.is_file() else open_reference(str(path)))

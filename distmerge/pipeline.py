@@ -15,10 +15,10 @@ import torch
 
 from distmerge import output
 from distmerge.assembly import AssembleMode, Assembly, GatherSink, all_steps, choose
-from distmerge.config import load_config
+from distmerge.config import as_path, load_config
 from distmerge.dist import World, join
 from distmerge.document import Plain
-from distmerge.engine import Engine, Outcome
+from distmerge.engine import Engine, Outcome, single_threaded
 from distmerge.errors import OutputError
 from distmerge.log import LOGGER, Progress, parse_bytes
 from distmerge.planner import DEFAULT_MEMORY, Plan, assign, build_plan, step_elements
@@ -103,7 +103,7 @@ def merge(
     user can mend; RunError for what failed; PeerError on ranks that stopped for another's sake.
     """
     started = time.monotonic()
-    target = Path(out).expanduser().resolve()
+    target = as_path(str(out)).resolve()
     shard_bytes = parse_bytes(options.shard_size)
     use_cuda = _wants_cuda(options.device)
     with join(use_cuda=use_cuda) as world:
@@ -244,6 +244,7 @@ def _run_jobs(
     )
     shown = run.options.progress and world.rank == 0
     with (
+        single_threaded(),
         closing(Inputs(plan.inputs, run.options.read)) as inputs,
         Progress("merge", total, shown=shown) as progress,
         world.monitor.showing(progress),

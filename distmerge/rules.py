@@ -168,7 +168,7 @@ def _sum_rule(
         return Rule("sum", (donor,), (1.0,))
     values = [w for i in held if (w := weights[i]) is not None]
     if len(held) < len(wanted):  # keep the sum that the weights of all would have
-        total = math.fsum(w for w in weights if w is not None)
-        values = [total * share for share in normalized(values, f"tensor in {len(held)} inputs")]
+        name, total = specs[held[0]].name, math.fsum(w for w in weights if w is not None)
+        values = [total * share for share in normalized(values, f"{name} in {len(held)} inputs")]
     terms = [(i, value) for i, value in zip(held, values, strict=True) if value] or [(held[0], 0.0)]
     return Rule("sum", tuple(i for i, _ in terms), tuple(value for _, value in terms))

@@ -79,6 +79,16 @@ def open_checkpoint(
     )
 
 
+def open_file(path: Path) -> Checkpoint:
+    """Read the header of one safetensors file as if it were a checkpoint. Raises SourceError."""
+    header = read_header(path)
+    tensors = {spec.name: spec for spec in _file_specs(0, header)}
+    return Checkpoint(
+        label=str(path), folder=path.parent, revision=None, step=None, files=(header,),
+        tensors=tensors,
+    )  # fmt: skip
+
+
 def _file_specs(number: int, header: Header) -> list[TensorSpec]:
     by_offset = sorted(header.tensors.items(), key=lambda item: (item[1].start, item[0]))
     return [TensorSpec(n, e.dtype, e.shape, number, e.start, e.nbytes) for n, e in by_offset]
@@ -98,6 +108,8 @@ def _read_index(folder: Path) -> dict[str, str]:
         return {}
     try:
         index = json.loads(path.read_bytes())
+    except OSError as error:
+        raise SourceError(f"{path}: can't be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{path}: not JSON ({error})") from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -114,7 +126,11 @@ def _read_index(folder: Path) -> dict[str, str]:
 
 def _existing_shard(folder: Path, name: str) -> Path:
     path = folder / name
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError:  # a name that no file can have
+        found = False
+    if not found:
         raise SourceError(f"{folder / INDEX}: it names {name}, which is not in {folder}")
     return path
 

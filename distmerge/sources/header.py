@@ -21,6 +21,9 @@ from distmerge.spec import DTYPES, DType
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the format's own implementation."""
 
+MAX_DIMS = 64
+"""What torch's kernels take. The product of a million sizes would keep us busy for hours."""
+
 
 class Entry(NamedTuple):
     """One tensor in a file: `nbytes` bytes at `start`, counted from the file's first byte."""
@@ -88,14 +91,22 @@ def _parse(path: Path, raw: bytes) -> dict[str, object]:
         return found
 
     try:
-        header = json.loads(raw, object_pairs_hook=unique)
+        header = json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=_refuse_constant)
     except RecursionError:
         _refuse(path, "the header is nested too deeply")
     except ValueError as error:  # JSON, UTF-8 and oversized integers alike
         _refuse(path, f"the header is not JSON ({error})")
     if not isinstance(header, dict):
         _refuse(path, "the header is not a JSON object")
+    try:
+        "".join(header).encode()
+    except UnicodeEncodeError:  # JSON can spell one half of a surrogate pair
+        _refuse(path, "a tensor's name is not Unicode text")
     return header
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _entries(path: Path, header: dict[str, object], data: int) -> dict[str, Entry]:
@@ -116,6 +127,8 @@ def _entry(path: Path, name: str, fields: object, data: int) -> Entry:
     if dtype is None:
         _refuse(path, f"{where} has an unknown dtype {fields.get('dtype')!r}")
     shape = _naturals(path, where, "shape", fields.get("shape"))
+    if len(shape) > MAX_DIMS:
+        _refuse(path, f"{where} has {len(shape)} dimensions (the limit is {MAX_DIMS})")
     offsets = _naturals(path, where, "data_offsets", fields.get("data_offsets"))
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         _refuse(path, f"{where} has the data_offsets {list(offsets)}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from distmerge.config import Config, ModelEntry, ModelRef, Trajectory, parse_reference
+from distmerge.config import Config, ModelEntry, ModelRef, Trajectory, as_path, parse_reference
 from distmerge.errors import ConfigError, SourceError
 from distmerge.schedules import coefficients, select, step_of
 from distmerge.sources import hub
@@ -72,7 +72,7 @@ def _references(config: Config) -> list[ModelRef]:
 
 
 def is_local(ref: ModelRef) -> bool:
-    return Path(ref.path).expanduser().exists() or not hub.looks_like_repo(ref.path)
+    return as_path(ref.path).exists() or not hub.looks_like_repo(ref.path)
 
 
 def _pin(ref: ModelRef) -> ModelRef:
@@ -80,7 +80,7 @@ def _pin(ref: ModelRef) -> ModelRef:
         return hub.pin(ref)
     if ref.revision:
         raise SourceError(f"{ref}: {ref.path} is a folder here, and a folder has no revisions")
-    return ModelRef(str(Path(ref.path).expanduser().resolve()))
+    return ModelRef(str(as_path(ref.path).resolve()))
 
 
 def _open(ref: ModelRef, step: int | None, local_only: bool) -> Checkpoint:
@@ -117,7 +117,7 @@ def _selected(trajectory: Trajectory) -> Trajectory:
 
 
 def _glob(pattern: str) -> list[ModelRef]:
-    paths = [Path(p) for p in sorted(glob.glob(str(Path(pattern).expanduser())))]  # noqa: PTH207
+    paths = [Path(p) for p in sorted(glob.glob(str(as_path(pattern))))]  # noqa: PTH207
     folders = [path.resolve() for path in paths if path.is_dir()]
     if folders and any(p.suffix == ".safetensors" for p in folders[0].iterdir()):
         return [ModelRef(str(folder)) for folder in folders]
