@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import zip_longest
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, NoReturn
 
 import torch
 
@@ -47,17 +47,22 @@ def choose(
 
     Raises OutputError where `mode` is direct and a rank does not.
     """
-    seen = world.gather("look for the output folder", lambda: _appears(folder))
+    phase = "look for the output folder"
+    seen = world.gather(phase, lambda: _appears(folder))
     if all(seen) and mode != "gather":
         return Assembly(gather=False, owners=_first_writers(plan, assignment))
     if mode == "direct":
-        raise OutputError(
-            f"{folder.parent}: rank {seen.index(False)} does not see this folder; "
-            "use --assemble gather, or a folder that all hosts share"
-        )
+        world.together(phase, lambda: _refuse(folder, seen.index(False)))
     hosts = [rank for rank, sees in enumerate(seen) if sees]
     owners = tuple(hosts[shard % len(hosts)] for shard in range(len(plan.shards)))
     return Assembly(gather=True, owners=owners)
+
+
+def _refuse(folder: Path, rank: int) -> NoReturn:
+    raise OutputError(
+        f"{folder.parent}: rank {rank} does not see this folder; "
+        "use --assemble gather, or a folder that all hosts share"
+    )
 
 
 def _appears(folder: Path) -> bool:

@@ -10,7 +10,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NamedTuple, TypeVar
@@ -34,6 +34,9 @@ START_TIMEOUT = timedelta(minutes=5)
 
 POLL = 0.5
 """Seconds between two looks at whether another rank has failed, while waiting for a thread."""
+
+_NEVER_SENT = 1
+"""A tag of messages; all that are sent have tag 0."""
 
 STORE_TIMEOUT = timedelta(seconds=10)
 """For rank 0 to answer the monitor."""
@@ -83,18 +86,22 @@ class World:
     def node_first(self, phase: str, work: Callable[[bool], T]) -> T:
         """Do `work(False)` on one rank of each host, then `work(True)` on the host's others."""
         leads = self.local_rank == 0
-        led = self.together(phase, lambda: work(False) if leads else None)
-        return self.together(phase, lambda: work(True) if led is None else led)
+        led = self.together(phase, lambda: [work(False)] if leads else [])
+        return self.together(phase, lambda: led[0] if leads else work(True))
 
     def agree(self, phase: str, what: str, value: str) -> None:
         """Raise RunError on every rank unless all hold the same `value`."""
         values = self.gather(phase, lambda: value)
-        for rank, theirs in enumerate(values):
-            if theirs != values[0]:
-                raise RunError(
-                    f"{phase}: rank {rank} has another {what} than rank 0 ({theirs[:16]} and "
-                    f"{values[0][:16]}): do all hosts see the same files and versions?"
-                )
+
+        def check() -> None:
+            for rank, theirs in enumerate(values):
+                if theirs != values[0]:
+                    raise RunError(
+                        f"{phase}: rank {rank} has another {what} than rank 0 ({theirs[:16]} and "
+                        f"{values[0][:16]}): do all hosts see the same files and versions?"
+                    )
+
+        self.together(phase, check)
 
     def wait(self, future: futures.Future[T]) -> T:
         """The result of one of this rank's threads; PeerError if another rank fails meanwhile."""
@@ -104,11 +111,13 @@ class World:
 
     def send(self, data: torch.Tensor, rank: int) -> None:
         """Send bytes (uint8, contiguous) to `rank`; blocks until it takes them."""
-        torch_dist.send(data, rank, group=self.group)
+        with self._connected(rank):
+            torch_dist.send(data, rank, group=self.group)
 
     def receive(self, data: torch.Tensor, rank: int) -> None:
         """Fill `data` (uint8, contiguous) with the next bytes that `rank` sends to this one."""
-        torch_dist.recv(data, rank, group=self.group)
+        with self._connected(rank):
+            torch_dist.recv(data, rank, group=self.group)
 
     def _phase(self, phase: str, work: Callable[[], T], *, share: bool) -> tuple[T, list[_Outcome]]:
         LOGGER.debug("%s", phase)
@@ -128,10 +137,7 @@ class World:
 
     def _fail(self, phase: str, error: Exception) -> None:
         """Tell all ranks of this one's error, and wait for them to stop at the phase's end too."""
-        known = isinstance(error, DistmergeError)
-        kind = "" if known else f"{type(error).__name__}: "
-        where = "" if self.size == 1 else f"rank {self.rank} on {socket.gethostname()}, {phase}: "
-        cause = Cause(self.rank, f"{where}{kind}{error}", error.exit_code if known else 1)  # type: ignore[attr-defined]
+        cause = self._cause(f", {phase}", error)
         if not isinstance(error, PeerError):
             self.monitor.fail(cause)
         try:
@@ -140,6 +146,12 @@ class World:
             return
         if isinstance(error, DistmergeError):
             error.reported = self.rank > 0
+
+    def _cause(self, phase: str, error: Exception) -> Cause:
+        known = isinstance(error, DistmergeError)
+        kind = "" if known else f"{type(error).__name__}: "
+        where = "" if self.size == 1 else f"rank {self.rank} on {socket.gethostname()}{phase}: "
+        return Cause(self.rank, f"{where}{kind}{error}", error.exit_code if known else 1)  # type: ignore[attr-defined]
 
     def _exchange(self, phase: str, mine: _Outcome) -> list[_Outcome]:
         outcomes: list[_Outcome] = [mine] * self.size
@@ -152,6 +164,25 @@ class World:
                 raise self._peer_error(cause) from lost
             raise PeerError(f"{phase}: lost the connection to another rank: {lost}") from lost
         return outcomes
+
+    def _leave(self, error: Exception) -> None:
+        """Make sure that all ranks hear of `error`, and end what threads still send or receive:
+        they would keep the process."""
+        if self.monitor.cause is None and not isinstance(error, PeerError):
+            self.monitor.fail(self._cause("", error))  # it was raised between two phases
+        self.monitor.take_leave()
+        if self.group is not None:
+            _break_off(self.group)
+
+    @contextmanager
+    def _connected(self, rank: int) -> Iterator[None]:
+        """A connection breaks because a rank died or stopped: wait to hear of that first cause."""
+        try:
+            yield
+        except RuntimeError as lost:
+            if cause := self.monitor.wait_for_cause():
+                raise self._peer_error(cause) from lost
+            raise RunError(f"lost the connection to rank {rank}: {lost}") from lost
 
     def _peer_error(self, cause: Cause) -> PeerError:
         """Rank 0 prints the cause, or rank 1 where rank 0 may be dead."""
@@ -184,19 +215,32 @@ def join(*, use_cuda: bool) -> Iterator[World]:
     group = torch_dist.new_group(backend="gloo", timeout=TIMEOUT) if launch.size > 1 else None
     monitor = Monitor(_store(launch, group), launch.rank, launch.size)
     monitor.start()
+    world = World(
+        rank=launch.rank,
+        size=launch.size,
+        local_rank=launch.local_rank,
+        launcher=launch.launcher,
+        monitor=monitor,
+        group=group,
+    )
     try:
-        yield World(
-            rank=launch.rank,
-            size=launch.size,
-            local_rank=launch.local_rank,
-            launcher=launch.launcher,
-            monitor=monitor,
-            group=group,
-        )
+        yield world
+    except Exception as error:
+        world._leave(error)
+        raise
     finally:
         monitor.stop()
     if launch.size > 1:
         torch_dist.destroy_process_group(group if adopted else None)
+
+
+def _break_off(group: torch_dist.ProcessGroup) -> None:
+    """A wait that times out makes gloo close all connections of its group."""
+    nothing = torch.empty(1, dtype=torch.uint8)
+    with suppress(RuntimeError):
+        work = torch_dist.irecv(nothing, group=group, tag=_NEVER_SENT)
+        assert work is not None
+        work.wait(timedelta(milliseconds=1))
 
 
 def _start(launch: Launch, use_cuda: bool) -> None:

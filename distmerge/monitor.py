@@ -80,10 +80,22 @@ class Monitor(threading.Thread):
 
     def wait_for_cause(self) -> Cause | None:
         """Give the news of a failure the time to arrive."""
-        deadline = time.monotonic() + SILENCE + 3 * INTERVAL
-        while self.cause is None and time.monotonic() < deadline:
+        deadline = time.monotonic() + SILENCE + 5 * INTERVAL
+        while self.cause is None and time.monotonic() < deadline and not self._stopped.is_set():
             time.sleep(INTERVAL / 10)
         return self.cause
+
+    def take_leave(self) -> None:
+        """After a failure: the first rank holds the news, so it stays until all have left, or for
+        as long as a dead rank lets the others take to hear of it."""
+        deadline = time.monotonic() + 3 * INTERVAL
+        try:
+            left = self._store.add("left", 1)
+            while self._rank == 0 and left < self._size and time.monotonic() < deadline:
+                time.sleep(INTERVAL / 20)
+                left = self._store.add("left", 0)
+        except RuntimeError:  # the store went with its rank
+            return
 
     def stop(self) -> None:
         self._stopped.set()

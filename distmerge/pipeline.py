@@ -222,12 +222,17 @@ def _merge_pass(run: _Run) -> tuple[list[Outcome], dict[str, Plain], float]:
 
 def _agreed_elements(run: _Run) -> int:
     """How much of a job every rank holds at once: the same everywhere, for the tightest host."""
-    if run.options.memory is not None:
-        return step_elements(run.plan, parse_bytes(run.options.memory))
-    hosts = run.world.gather("look for memory", lambda: (socket.gethostname(), free_memory()))
-    names = [name for name, _ in hosts]
-    budgets = [int(MEMORY_SHARE * free / names.count(name)) for name, free in hosts]
-    return step_elements(run.plan, min(DEFAULT_MEMORY, *budgets))
+    world, memory = run.world, run.options.memory
+    hosts = world.gather("look for memory", lambda: (socket.gethostname(), free_memory()))
+
+    def within_budget() -> int:
+        if memory is not None:
+            return step_elements(run.plan, parse_bytes(memory))
+        names = [name for name, _ in hosts]
+        budgets = [int(MEMORY_SHARE * free / names.count(name)) for name, free in hosts]
+        return step_elements(run.plan, min(DEFAULT_MEMORY, *budgets))
+
+    return world.together("look for memory", within_budget)
 
 
 def _run_jobs(

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from distmerge import collector
 from distmerge.config import Config
 from distmerge.errors import OutputError
 from distmerge.layout import index_json, lay_out
@@ -68,14 +69,13 @@ class Plan:
 
     def read_bytes(self, job: Job) -> int:
         """Bytes of all inputs that `job` reads."""
-        name = self.tensors[job.tensor].name
-        specs = (self.inputs[i].tensors[name] for i in self.tensors[job.tensor].rule.inputs)
-        return (job.stop - job.start) * sum(spec.dtype.itemsize for spec in specs)
+        return (job.stop - job.start) * _read_width(self, self.tensors[job.tensor])
 
     def write_bytes(self, job: Job) -> int:
         return (job.stop - job.start) * self.tensors[job.tensor].dtype.itemsize
 
 
+@collector.paused()
 def build_plan(config: Config, sources: Sources, *, shard_bytes: int) -> Plan:
     """Lay out the output and cut it into jobs.
 
@@ -121,7 +121,8 @@ def assign(plan: Plan, ranks: int) -> list[range]:
     Contiguous, because a rank then reads and writes sequentially and mostly in shards of its own;
     balanced to within one job, because jobs are small beside a rank's share.
     """
-    ends = list(accumulate(plan.read_bytes(job) + plan.write_bytes(job) for job in plan.jobs))
+    widths = [_width(plan, tensor) for tensor in plan.tensors]
+    ends = list(accumulate((job.stop - job.start) * widths[job.tensor] for job in plan.jobs))
     total = ends[-1] if ends else 0
     bounds = [0]
     for rank in range(1, ranks):
@@ -143,24 +144,31 @@ def step_elements(plan: Plan, budget_bytes: int) -> int:
 
     Raises OutputError where the budget does not hold a single block of every input.
     """
-    width = max((_bytes_per_element(plan, tensor) for tensor in plan.tensors), default=1)
+    width = max((_width(plan, tensor) for tensor in plan.tensors), default=1)
     slack = 2 * PAGE * (1 + max((len(t.rule.inputs) for t in plan.tensors), default=0))
     blocks = (budget_bytes // SLOTS - slack) // (width * BLOCK_ELEMENTS)
     if blocks < 1:
         least = SLOTS * (width * BLOCK_ELEMENTS + slack)
         raise OutputError(
             f"--memory {format_bytes(budget_bytes)} is too little for this recipe; "
-            f"it needs at least {format_bytes(-(-least // 10**6) * 10**6)}"
+            f"it needs at least {-(-least // 10**6)}MB"
         )
     return min(blocks * BLOCK_ELEMENTS, JOB_ELEMENTS)
 
 
 def buffer_bytes(plan: Plan, elements: int) -> int:
     """Memory of one rank's buffers when it holds `elements` of a job at once."""
-    width = max((_bytes_per_element(plan, tensor) for tensor in plan.tensors), default=1)
+    width = max((_width(plan, tensor) for tensor in plan.tensors), default=1)
     return SLOTS * width * elements
 
 
-def _bytes_per_element(plan: Plan, tensor: OutputTensor) -> int:
-    inputs = (plan.inputs[i].tensors[tensor.name] for i in tensor.rule.inputs)
-    return tensor.dtype.itemsize + sum(spec.dtype.itemsize for spec in inputs)
+def _width(plan: Plan, tensor: OutputTensor) -> int:
+    """Bytes of all inputs and of the output, for one element."""
+    return _read_width(plan, tensor) + tensor.dtype.itemsize
+
+
+def _read_width(plan: Plan, tensor: OutputTensor) -> int:
+    width = 0
+    for i in tensor.rule.inputs:
+        width += plan.inputs[i].tensors[tensor.name].dtype.itemsize
+    return width

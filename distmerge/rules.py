@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 from distmerge.config import Config
 from distmerge.errors import ConfigError, MismatchError
@@ -30,6 +30,7 @@ def contents(config: Config, sources: Sources) -> list[Content]:
     weigh = _weigher(config, sources, names)
     found: list[Content] = []
     problems: list[str] = []
+    rules: dict[Hashable, Rule] = {}
     for name in names:
         specs = [checkpoint.tensors.get(name) for checkpoint in sources.checkpoints]
         weights = weigh(name)
@@ -39,7 +40,7 @@ def contents(config: Config, sources: Sources) -> list[Content]:
         if problem:
             problems.append(problem)
         else:
-            found.append(_content(config, sources.donor, name, specs, weights))
+            found.append(_content(config, sources.donor, name, specs, weights, rules))
     if problems:
         raise MismatchError(_summary(problems, len(names)))
     return found
@@ -108,7 +109,7 @@ def _disagreement(name: str, sources: Sources, specs: Sequence[TensorSpec | None
             return (
                 f"{name}: {list(spec.shape)} in {first.label}, {list(twin.shape)} in {other.label}"
             )
-        if twin.dtype != spec.dtype and "exact" in (twin.dtype.kind, spec.dtype.kind):
+        if "exact" in (twin.dtype.kind, spec.dtype.kind) and twin.dtype != spec.dtype:
             return f"{name}: {spec.dtype.name} in {first.label}, {twin.dtype.name} in {other.label}"
     return None
 
@@ -121,6 +122,8 @@ def _absence(
     weights: Weights,
 ) -> str | None:
     """Where an input that counts lacks tensor `name` and the recipe does not say what to do."""
+    if None not in specs:
+        return None
     absent = [i for i, spec in enumerate(specs) if spec is None and weights[i] is not None]
     if not absent or config.missing == "present":
         return None
@@ -131,14 +134,23 @@ def _absence(
 
 
 def _content(
-    config: Config, donor: int, name: str, specs: Sequence[TensorSpec | None], weights: Weights
+    config: Config,
+    donor: int,
+    name: str,
+    specs: Sequence[TensorSpec | None],
+    weights: Weights,
+    rules: dict[Hashable, Rule],
 ) -> Content:
+    """`rules` keeps what was made, for there are few rules and there may be a million tensors."""
     given = specs[donor] or next(spec for spec in specs if spec is not None)
-    if given.dtype.kind == "exact":
-        rule, dtype = _exact_rule(config, donor, specs), given.dtype
-    else:
-        rule, dtype = _sum_rule(config, donor, specs, weights), _output_dtype(config, given.dtype)
-    return Content(name, dtype, given.shape, math.prod(given.shape), rule)
+    exact = given.dtype.kind == "exact"
+    alike = (exact, tuple([spec is None for spec in specs]), weights)
+    if alike not in rules:
+        rules[alike] = (
+            _exact_rule(config, donor, specs) if exact else _sum_rule(config, donor, specs, weights)
+        )
+    dtype = given.dtype if exact else _output_dtype(config, given.dtype)
+    return Content(name, dtype, given.shape, math.prod(given.shape), rules[alike])
 
 
 def _output_dtype(config: Config, stored: DType) -> DType:
@@ -168,7 +180,8 @@ def _sum_rule(
         return Rule("sum", (donor,), (1.0,))
     values = [w for i in held if (w := weights[i]) is not None]
     if len(held) < len(wanted):  # keep the sum that the weights of all would have
-        name, total = specs[held[0]].name, math.fsum(w for w in weights if w is not None)
+        name = next(spec.name for spec in specs if spec is not None)
+        total = math.fsum(w for w in weights if w is not None)
         values = [total * share for share in normalized(values, f"{name} in {len(held)} inputs")]
     terms = [(i, value) for i, value in zip(held, values, strict=True) if value] or [(held[0], 0.0)]
     return Rule("sum", tuple(i for i, _ in terms), tuple(value for _, value in terms))

@@ -87,11 +87,13 @@ def _write_all(descriptor: int, view: memoryview, offset: int) -> None:
 
 
 class ShardWriter:
-    """This rank's hand on the shards in `folder`. An engine.Sink."""
+    """This rank's hand on the shards in `folder`, which a rank without any need not see.
+
+    An engine.Sink.
+    """
 
     def __init__(self, folder: Path, shards: Sequence[OutputShard]):
         self._folder, self._shards = folder, shards
-        self._direct = is_local(folder)
         self._open: dict[int, _Shard] = {}
         self._hashing = ThreadPoolExecutor(1, "hash")
 
@@ -123,7 +125,8 @@ class ShardWriter:
         if number not in self._open:
             shard = self._shards[number]
             path = self._folder / shard.name
-            self._open[number] = _Shard(path, shard, self._hashing, direct=self._direct)
+            direct = is_local(self._folder)
+            self._open[number] = _Shard(path, shard, self._hashing, direct=direct)
         return self._open[number]
 
     def close(self) -> None:
@@ -138,11 +141,10 @@ def create_shards(folder: Path, shards: Sequence[OutputShard], own: Iterable[int
 
     Raises OutputError where the disk is full, before any time was spent on tensors.
     """
-    allocate = is_local(folder)
     for shard in (shards[number] for number in own):
         descriptor = os.open(folder / shard.name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            if allocate and shard.size:
+            if shard.size and is_local(folder):
                 os.posix_fallocate(descriptor, 0, shard.size)
             else:  # network file systems may emulate it by writing every page
                 os.ftruncate(descriptor, shard.size)

@@ -7,8 +7,11 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain, count, repeat
+from operator import attrgetter
 from pathlib import Path
 
+from distmerge import collector
 from distmerge.errors import SourceError
 from distmerge.sources.header import Header, read_header
 from distmerge.spec import TensorSpec
@@ -51,20 +54,29 @@ class Checkpoint:
         return hashlib.sha256("".join(map(line, self.files)).encode()).hexdigest()
 
 
+@collector.paused()
 def open_checkpoint(
-    folder: Path, *, label: str, revision: str | None = None, step: int | None = None
+    folder: Path,
+    *,
+    label: str,
+    revision: str | None = None,
+    step: int | None = None,
+    twin: Checkpoint | None = None,
 ) -> Checkpoint:
     """Read the index and the headers in `folder`, nothing else.
 
+    `twin` is another checkpoint of the same run, if there is one: see read_header.
     Raises SourceError where the folder holds no safetensors, where index and shards disagree, or
     where a header is damaged.
     """
     weight_map = _read_index(folder)
     names = _natural_sort(set(weight_map.values())) if weight_map else [_single_file(folder)]
-    files = tuple(read_header(_existing_shard(folder, name)) for name in names)
+    paths = [_existing_shard(folder, name) for name in names]
+    twins = chain(twin.files if twin else (), repeat(None))
+    files = tuple(map(read_header, paths, count(), twins))
     tensors = {}
-    for number, (name, header) in enumerate(zip(names, files, strict=True)):
-        for spec in _file_specs(number, header):
+    for name, header in zip(names, files, strict=True):
+        for spec in _by_offset(header):
             if weight_map and weight_map.setdefault(spec.name, name) != name:
                 continue  # a second copy; the index says which one counts
             tensors[spec.name] = spec
@@ -82,23 +94,24 @@ def open_checkpoint(
 def open_file(path: Path) -> Checkpoint:
     """Read the header of one safetensors file as if it were a checkpoint. Raises SourceError."""
     header = read_header(path)
-    tensors = {spec.name: spec for spec in _file_specs(0, header)}
+    tensors = {spec.name: spec for spec in _by_offset(header)}
     return Checkpoint(
         label=str(path), folder=path.parent, revision=None, step=None, files=(header,),
         tensors=tensors,
     )  # fmt: skip
 
 
-def _file_specs(number: int, header: Header) -> list[TensorSpec]:
-    by_offset = sorted(header.tensors.items(), key=lambda item: (item[1].start, item[0]))
-    return [TensorSpec(n, e.dtype, e.shape, number, e.start, e.nbytes) for n, e in by_offset]
+def _by_offset(header: Header) -> list[TensorSpec]:
+    return sorted(header.tensors.values(), key=attrgetter("start", "name"))
 
 
 def _natural_sort(names: set[str]) -> list[str]:
-    """model-2-of-10 before model-10-of-10."""
-    return sorted(
-        names, key=lambda name: [(int(d or 0), t) for d, t in re.findall(r"(\d+)|(\D+)", name)]
-    )
+    """model-2-of-10 before model-10-of-10; names that count alike (1, 01) by their text."""
+
+    def key(name: str) -> tuple[list[tuple[int, str]], str]:
+        return [(int(d or 0), t) for d, t in re.findall(r"(\d+)|(\D+)", name)], name
+
+    return sorted(names, key=key)
 
 
 def _read_index(folder: Path) -> dict[str, str]:
@@ -116,7 +129,7 @@ def _read_index(folder: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{path}: it has no weight_map")
     for tensor, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard or shard in (".", ".."):
+        if not isinstance(shard, str) or "/" in shard or shard in (".", ".."):
             raise SourceError(
                 f"{path}: tensor {tensor!r} is said to be in {shard!r}, "
                 "which is not the name of a file in this folder"

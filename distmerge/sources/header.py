@@ -11,12 +11,14 @@ import json
 import math
 import os
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 from distmerge.errors import SourceError
-from distmerge.spec import DTYPES, DType
+from distmerge.spec import DTYPES, TensorSpec
 
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the format's own implementation."""
@@ -25,28 +27,23 @@ MAX_DIMS = 64
 """What torch's kernels take. The product of a million sizes would keep us busy for hours."""
 
 
-class Entry(NamedTuple):
-    """One tensor in a file: `nbytes` bytes at `start`, counted from the file's first byte."""
-
-    dtype: DType
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Header:
     """A checked header, with what identifies the file: its size, time stamp and header's hash."""
 
     path: Path
-    tensors: dict[str, Entry]
+    tensors: dict[str, TensorSpec]
     size: int
     mtime_ns: int
     sha256: str
 
 
-def read_header(path: Path) -> Header:
-    """Read the header of `path`; raises SourceError that names the file and what is wrong."""
+def read_header(path: Path, number: int = 0, twin: Header | None = None) -> Header:
+    """Read the header of `path`, which is file `number` of its checkpoint.
+
+    Checkpoints of one run have the same headers: a `twin` with the same one lends its tensors.
+    Raises SourceError that names the file and what is wrong.
+    """
     try:
         with path.open("rb") as file:
             stat = os.fstat(file.fileno())
@@ -58,14 +55,14 @@ def read_header(path: Path) -> Header:
         raise SourceError(f"{path}: can't be read: {error.strerror}") from error
     if len(raw) != length:
         _refuse(path, f"the header is cut off after {len(raw)} of {length} bytes")
-    tensors = _entries(path, _parse(path, raw), 8 + length)
-    _check_tiling(path, tensors, 8 + length, stat.st_size)
+    sha256 = hashlib.sha256(raw).hexdigest()
+    if twin is not None and (twin.size, twin.sha256) == (stat.st_size, sha256):
+        tensors = twin.tensors
+    else:
+        tensors = _specs(path, _parse(path, raw), number, 8 + length)
+        _check_tiling(path, tensors.values(), 8 + length, stat.st_size)
     return Header(
-        path=path,
-        tensors=tensors,
-        size=stat.st_size,
-        mtime_ns=stat.st_mtime_ns,
-        sha256=hashlib.sha256(raw).hexdigest(),
+        path=path, tensors=tensors, size=stat.st_size, mtime_ns=stat.st_mtime_ns, sha256=sha256
     )
 
 
@@ -109,9 +106,9 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
 
 
-def _entries(path: Path, header: dict[str, object], data: int) -> dict[str, Entry]:
+def _specs(path: Path, header: dict[str, object], number: int, data: int) -> dict[str, TensorSpec]:
     _check_metadata(path, header.pop("__metadata__", {}))
-    return {name: _entry(path, name, fields, data) for name, fields in header.items()}
+    return {name: _spec(path, name, fields, number, data) for name, fields in header.items()}
 
 
 def _check_metadata(path: Path, metadata: object) -> None:
@@ -119,7 +116,7 @@ def _check_metadata(path: Path, metadata: object) -> None:
         _refuse(path, "__metadata__ must map strings to strings")
 
 
-def _entry(path: Path, name: str, fields: object, data: int) -> Entry:
+def _spec(path: Path, name: str, fields: object, number: int, data: int) -> TensorSpec:
     where = f"tensor {name!r}"
     if not isinstance(fields, dict):
         _refuse(path, f"{where} is not described by an object")
@@ -135,25 +132,27 @@ def _entry(path: Path, name: str, fields: object, data: int) -> Entry:
     nbytes = offsets[1] - offsets[0]
     if math.prod(shape) * dtype.bits != nbytes * 8:
         _refuse(path, f"{where} of {dtype.name} {list(shape)} can't take up {nbytes} bytes")
-    return Entry(dtype, shape, data + offsets[0], nbytes)
+    return TensorSpec(name, dtype, shape, number, data + offsets[0], nbytes)
 
 
 def _naturals(path: Path, where: str, key: str, value: object) -> tuple[int, ...]:
-    if not isinstance(value, list) or not all(type(v) is int and 0 <= v < 2**63 for v in value):
-        _refuse(path, f"{where} has the {key} {str(value)[:80]}")
-    return tuple(value)
+    if isinstance(value, list):
+        for number in value:
+            if type(number) is not int or not 0 <= number < 2**63:
+                break
+        else:
+            return tuple(value)
+    _refuse(path, f"{where} has the {key} {str(value)[:80]}")
 
 
-def _check_tiling(path: Path, tensors: dict[str, Entry], data: int, size: int) -> None:
+def _check_tiling(path: Path, specs: Iterable[TensorSpec], data: int, size: int) -> None:
     """Tensors must follow each other without gap or overlap from the header to the file's end."""
     end = data
-    for name, entry in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
-        if entry.start != end:
-            what = (
-                "overlaps the tensor before it" if entry.start < end else "leaves a gap before it"
-            )
-            _refuse(path, f"tensor {name!r} {what} (byte {entry.start} where {end} is next)")
-        end += entry.nbytes
+    for spec in sorted(specs, key=attrgetter("start", "nbytes")):
+        if spec.start != end:
+            what = "overlaps the tensor before it" if spec.start < end else "leaves a gap before it"
+            _refuse(path, f"tensor {spec.name!r} {what} (byte {spec.start} where {end} is next)")
+        end += spec.nbytes
     if end > size:
         _refuse(path, f"tensors end at byte {end} but the file has only {size}; truncated?")
     if end < size:

@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    RevisionResolutionError,
 )
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
@@ -40,18 +41,19 @@ def is_commit(revision: str) -> bool:
 
 
 def pin(ref: ModelRef) -> ModelRef:
-    """The same repository at the commit that its revision means now (or in the cache, offline).
+    """The same repository at the commit that its revision means now.
 
+    What it means is cached too, for when the Hub can't be reached.
     Raises SourceError where repository or revision can't be had.
     """
     if ref.revision and is_commit(ref.revision):
         return ref._replace(commit=ref.revision)
     with _explained(ref):
         try:
-            commit = HfApi().model_info(ref.path, revision=ref.revision).sha
-        except OfflineModeIsEnabled:
-            commit = _snapshot(ref, ("*.json",), local_only=True).name
-    return ref._replace(commit=commit)
+            found = HfApi().resolve_revision(ref.path, revision=ref.revision)
+        except RevisionResolutionError as error:
+            raise (error.__cause__ or error) from error
+    return ref._replace(commit=found.resolved)
 
 
 def download(ref: ModelRef, *, local_only: bool) -> Path:

@@ -51,7 +51,9 @@ def open_sources(config: Config, *, local_only: bool) -> Sources:
     if config.base_model and config.base_model not in refs:
         refs = [*refs, config.base_model]
         steps = [*steps, None]
-    opened = [_open(ref, step, local_only) for ref, step in zip(refs, steps, strict=True)]
+    opened: list[Checkpoint] = []
+    for ref, step in zip(refs, steps, strict=True):
+        opened.append(_open(ref, step, local_only, twin=opened[-1] if opened else None))
     if config.base_model:
         donor = refs.index(config.base_model)
     else:
@@ -83,19 +85,26 @@ def _pin(ref: ModelRef) -> ModelRef:
     return ModelRef(str(as_path(ref.path).resolve()))
 
 
-def _open(ref: ModelRef, step: int | None, local_only: bool) -> Checkpoint:
+def _pin_local(ref: ModelRef) -> ModelRef:
+    """Steps are in the names of folders, and of revisions: the Hub is asked for those taken."""
+    return _pin(ref) if is_local(ref) else ref
+
+
+def _open(
+    ref: ModelRef, step: int | None, local_only: bool, twin: Checkpoint | None = None
+) -> Checkpoint:
     folder = Path(ref.path) if is_local(ref) else hub.download(ref, local_only=local_only)
     if not folder.is_dir():
         what = (
             "it is a file: name the folder that holds it" if folder.exists() else "no such folder"
         )
         raise SourceError(f"{folder}: {what}")
-    return open_checkpoint(folder, label=str(ref), revision=ref.commit, step=step)
+    return open_checkpoint(folder, label=str(ref), revision=ref.commit, step=step, twin=twin)
 
 
 def _selected(trajectory: Trajectory) -> Trajectory:
     found = trajectory.checkpoints
-    refs = _glob(found) if isinstance(found, str) else [_pin(ref) for ref in found]
+    refs = _glob(found) if isinstance(found, str) else [_pin_local(ref) for ref in found]
     steps = _steps(refs)
     if steps is None:
         if trajectory.from_step or trajectory.to_step or trajectory.min_interval:
@@ -111,7 +120,7 @@ def _selected(trajectory: Trajectory) -> Trajectory:
             raise ConfigError(
                 f"trajectory: step {before} is there twice: {' and '.join(twins[:2])}"
             )
-    taken = [refs[order[i]] for i in select(ordered, trajectory)]
+    taken = [_pin(refs[order[i]]) for i in select(ordered, trajectory)]
     schedule = trajectory.schedule
     return Trajectory(checkpoints=tuple(taken), schedule=schedule)
 
