@@ -26,10 +26,12 @@ LAYERS, EXPERTS, HIDDEN, INNER, VOCABULARY = 61, 1090, 3072, 1632, 128 * 1024
 SHARDS, RANKS = 160, 256
 TARGET = "Wanted: under 10 s for the whole process, and under 1 GB (954 MiB), for three inputs."
 LEGEND = """\
-"api" is `distmerge.plan` and `assign` for all ranks, in a fresh process that prints three numbers;
-"command" is `distmerge plan`, which describes every rank as well. Seconds are of the whole
-process, with the imports; "planning" is `distmerge.plan` alone and "assign" the dealing out. Peak
-is VmHWM. The headers are in the page cache.
+"api" is `distmerge.plan` and `assign` for all ranks, in a fresh process; "command" is `distmerge
+plan --ranks`, which describes every rank as well. Seconds are of the whole process, with the
+imports; "CPU" is what it had of a processor, which a busy machine changes less; "planning" is
+`distmerge.plan` alone and "assign" the dealing out. Peak is the highest resident memory (VmHWM).
+Headers are in the page cache. Checkpoints of one run have the same headers, and each is checked
+once; "unlike" are three whose headers differ, as those of unrelated models.
 """
 
 Run = dict[str, Any]  # one timed run, as it goes into the JSON
@@ -53,7 +55,7 @@ def shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "lm_head.weight", (VOCABULARY, HIDDEN)
 
 
-def write_model(folder: Path) -> None:
+def write_model(folder: Path, metadata: dict[str, str]) -> None:
     """Write config, sparse shards and index; a model whose index is there already stays."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
@@ -66,13 +68,15 @@ def write_model(folder: Path) -> None:
     for number in range(SHARDS):
         group = tensors[number * size : (number + 1) * size]
         name = f"model-{number + 1:05d}-of-{SHARDS:05d}.safetensors"
-        _write_shard(folder / name, group)
+        _write_shard(folder / name, group, metadata)
         weight_map |= {tensor: name for tensor, _ in group}
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2))
 
 
-def _write_shard(path: Path, group: list[tuple[str, tuple[int, ...]]]) -> None:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def _write_shard(
+    path: Path, group: list[tuple[str, tuple[int, ...]]], metadata: dict[str, str]
+) -> None:
+    header: dict[str, object] = {"__metadata__": metadata}
     end = 0
     for name, shape in group:
         start, end = end, end + 2 * math.prod(shape)
@@ -83,16 +87,27 @@ def _write_shard(path: Path, group: list[tuple[str, tuple[int, ...]]]) -> None:
         file.truncate(8 + len(text) + end)
 
 
-def write_recipe(workdir: Path, inputs: int) -> Path:
-    """The average of the first so many models; of a single one, a plain copy."""
-    folders = [str(workdir / f"step-{number}") for number in range(1, inputs + 1)]
-    if inputs > 1:
-        method: Run = {"merge_method": "average", "trajectory": {"checkpoints": folders}}
-    else:
-        models = [{"model": folders[0], "parameters": {"weight": 1.0}}]
-        method = {"merge_method": "linear", "models": models}
-    path = workdir / f"average-{inputs}.yaml"
-    path.write_text(json.dumps(method))  # JSON is YAML
+def write_recipes(workdir: Path, inputs: int) -> dict[str, Path]:
+    """Recipes for the average of 1 to `inputs` alike models, and of as many unlike ones."""
+    alike = [workdir / f"step-{number}" for number in range(1, inputs + 1)]
+    unlike = [workdir / f"unlike-{number}" for number in range(1, inputs + 1)]
+    for folder in [*alike, *unlike]:
+        saved_by = {"saved by": folder.name} if folder in unlike else {}
+        write_model(folder, {"format": "pt", **saved_by})
+    cases = {str(count): alike[:count] for count in range(1, inputs + 1)}
+    cases[f"{inputs} unlike"] = unlike
+    return {case: _write_recipe(workdir, case, folders) for case, folders in cases.items()}
+
+
+def _write_recipe(workdir: Path, case: str, folders: list[Path]) -> Path:
+    names = [str(folder) for folder in folders]
+    if len(names) > 1:
+        recipe: Run = {"merge_method": "average", "trajectory": {"checkpoints": names}}
+    else:  # a trajectory has two checkpoints at least
+        models = [{"model": names[0], "parameters": {"weight": 1.0}}]
+        recipe = {"merge_method": "linear", "models": models}
+    path = workdir / f"{case.replace(' ', '-')}.yaml"
+    path.write_text(json.dumps(recipe))  # JSON is YAML
     return path
 
 
@@ -133,22 +148,22 @@ def timed(kind: str, recipe: Path, ranks: int) -> Run:
     if process.returncode:
         raise SystemExit(f"{shlex.join(command)} gave {process.returncode}")
     own = json.loads(text) if kind == "api" else {}
-    return {"kind": kind, "wall_s": wall, "peak_bytes": usage.ru_maxrss * 1024, **own}
+    cpu = usage.ru_utime + usage.ru_stime
+    peak = usage.ru_maxrss * 1024
+    return {"kind": kind, "wall_s": wall, "cpu_s": cpu, "peak_bytes": peak, **own}
 
 
 def collect(options: argparse.Namespace) -> Run:
     """All runs, in turns, so that a slow minute of the machine hits all of them."""
-    for number in range(1, options.inputs + 1):
-        write_model(options.workdir / f"step-{number}")
-    recipes = [write_recipe(options.workdir, count + 1) for count in range(options.inputs)]
+    recipes = write_recipes(options.workdir, options.inputs)
     runs = []
     for _ in range(options.rounds):
-        for inputs, recipe in enumerate(recipes, start=1):
+        for inputs, recipe in recipes.items():
             for kind in ("api", "command"):
                 run = {"inputs": inputs, **timed(kind, recipe, options.ranks)}
                 runs.append(run)
                 size = run["peak_bytes"] / MIB
-                print(f"{inputs} inputs, {kind:8}{run['wall_s']:7.2f} s {size:6.0f} MiB")
+                print(f"{inputs:10}{kind:8}{run['wall_s']:7.2f} s {size:6.0f} MiB", flush=True)
     return {"about": about(options), "runs": runs}
 
 
@@ -163,7 +178,7 @@ def about(options: argparse.Namespace) -> dict[str, str]:
         "command": shlex.join(["python", "benchmarks/bench_plan.py", *sys.argv[1:]]),
         "inputs": f"each {parameters:,} parameters in {len(tensors):,} tensors, bfloat16, "
         f"{SHARDS} shards; {options.ranks} ranks",
-        "cpu": f"{processor}, {os.cpu_count()} cores, not ours alone",
+        "cpu": f"{processor}, {os.cpu_count()} cores",
         "versions": ", ".join([f"python {platform.python_version()}", *versions]),
     }
 
@@ -176,16 +191,15 @@ def markdown(results: Run) -> str:
 
 def table(runs: list[Run]) -> str:
     """One row for each number of inputs and each way; medians, and the range of the seconds."""
-    head = ["inputs", "", "median s", "min-max s", "planning s", "assign s", "peak MiB"]
+    head = ["inputs", "", "median s", "min-max s", "CPU s", "planning s", "assign s", "peak MiB"]
     rows = [head, ["---:"] * len(head)]
     for inputs, kind in dict.fromkeys((run["inputs"], run["kind"]) for run in runs):
         group = [run for run in runs if (run["inputs"], run["kind"]) == (inputs, kind)]
         walls = [run["wall_s"] for run in group]
-        own = [f"{median(run[k] for run in group):.2f}" if k in group[0] else ""
-               for k in ("plan_s", "assign_s")]  # fmt: skip
-        peak = str(round(max(run["peak_bytes"] for run in group) / MIB))
-        seconds = [f"{median(walls):.2f}", f"{min(walls):.2f}-{max(walls):.2f}"]
-        rows.append([str(inputs), kind, *seconds, *own, peak])
+        row = [inputs, kind, f"{median(walls):.2f}", f"{min(walls):.2f}-{max(walls):.2f}"]
+        for key in ("cpu_s", "plan_s", "assign_s"):
+            row.append(f"{median(run[key] for run in group):.2f}" if key in group[0] else "")
+        rows.append([*row, str(round(max(run["peak_bytes"] for run in group) / MIB))])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

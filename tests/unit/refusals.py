@@ -15,6 +15,7 @@ from tests.support.checkpoints import write_checkpoint
 from tests.unit.recipes import linear
 
 Recipe = dict[str, Plain]
+DEFAULTS = Options()
 
 
 def write_pair(folder: Path) -> tuple[Path, Path]:
@@ -27,7 +28,7 @@ def half(first: Path, second: Path) -> Recipe:
     return linear({first: 1, second: 1})
 
 
-def refusal(recipe: Recipe, out: Path, options: Options = Options()) -> UserError:
+def refusal(recipe: Recipe, out: Path, options: Options = DEFAULTS) -> UserError:
     """The error of a merge that leaves no trace."""
     out.parent.mkdir(exist_ok=True)
     before = tree(out.parent)
