@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
@@ -24,6 +25,8 @@ Command = TypeVar("Command", bound=Callable[..., object])
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 SIGTERM_CODE = 128 + signal.SIGTERM
+LEAVE_LAST = 2.0
+"""Seconds that a rank waits whose error another rank prints: launchers stop all once one ends."""
 
 
 def recipe_options(command: Command) -> Command:
@@ -199,6 +202,9 @@ def _run() -> None:
     try:
         cli()
     except DistmergeError as error:
-        if not error.reported:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the message must get out
+        if error.reported:
+            time.sleep(LEAVE_LAST)
+        else:
             click.echo(f"error: {error}", err=True)
         raise SystemExit(error.exit_code) from error

@@ -141,7 +141,7 @@ class World:
         if not isinstance(error, PeerError):
             self.monitor.fail(cause)
         try:
-            self._exchange(phase, _Outcome(None, cause))
+            self._exchange(phase, _Outcome(None, self.monitor.cause or cause))
         except PeerError:
             return
         if isinstance(error, DistmergeError):

@@ -78,8 +78,8 @@ def _first_host(nodelist: str) -> str:
         )
         if asked.returncode == 0 and asked.stdout:
             return asked.stdout.split()[0]
-    match = re.match(r"([^\[,]*)(?:\[(\d+))?", nodelist)
-    return "".join(part or "" for part in match.groups()) if match else nodelist
+    first = re.match(r"(?:[^\[,]|\[[^\]]*\])*", nodelist)
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0] if first else nodelist)
 
 
 def _lonely(env: Mapping[str, str]) -> str | None:

@@ -8,6 +8,7 @@ host's memory to others. It wants offsets, lengths and addresses in whole pages.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -68,20 +69,25 @@ def memory_view(data: torch.Tensor) -> memoryview:
 
 def free_memory() -> int:
     """Bytes that this process may still take: the host's, or less where a cgroup says so."""
-    available = _meminfo("MemAvailable")
-    for limit, usage in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        ),
-    ):
-        try:
-            room = int(Path(limit).read_text()) - int(Path(usage).read_text())
-        except (OSError, ValueError):  # no such cgroup, or no limit ("max")
-            continue
-        available = min(available, max(room, 0))
+    available = _field(Path("/proc/meminfo"), "MemAvailable")
+    for group in _cgroups():
+        for limit, usage in _LIMITS:
+            try:
+                room = int((group / limit).read_text()) - int((group / usage).read_text())
+            except (OSError, ValueError):  # no such file, or no limit ("max")
+                continue
+            available = min(available, max(room, 0))
     return available
+
+
+def _cgroups() -> Iterator[Path]:
+    """The memory cgroups that this process is in, from the innermost to the root (v1 and v2)."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, inside = line.split(":", 2)
+        if controllers == "" or "memory" in controllers.split(","):
+            root = _CGROUP / ("memory" if controllers else "")
+            here = root / inside.strip("/")
+            yield from (here, *(p for p in here.parents if p == root or root in p.parents))
 
 
 def peak_memory() -> int:
@@ -90,10 +96,6 @@ def peak_memory() -> int:
     Not getrusage's: that one starts at what the parent had when it forked.
     """
     return _field(Path("/proc/self/status"), "VmHWM")
-
-
-def _meminfo(key: str) -> int:
-    return _field(Path("/proc/meminfo"), key)
 
 
 def _field(path: Path, key: str) -> int:

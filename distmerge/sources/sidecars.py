@@ -61,8 +61,8 @@ def config_with_dtype(path: Path, dtype: str, *, everywhere: bool) -> bytes:
         raise SourceError(f"{path}: not JSON ({error})") from error
     if not isinstance(config, dict):
         raise SourceError(f"{path}: not a JSON object")
-    key = "dtype" if "dtype" in config else "torch_dtype"
-    changed = {**config, key: dtype}
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+    changed: dict[str, Plain] = {**config, **dict.fromkeys(keys, dtype)}
     if everywhere:
         changed = {key: _cast_part(value, dtype) for key, value in changed.items()}
     return raw if changed == config else (json.dumps(changed, indent=2) + "\n").encode()

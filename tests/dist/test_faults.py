@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import distmerge
-from distmerge import assembly, engine, monitor, pipeline
+from distmerge import engine, monitor, pipeline
 from distmerge.assembly import AssembleMode
 from distmerge.errors import OutputError, PeerError, RunError
 from distmerge.pipeline import Options
@@ -54,14 +54,14 @@ class Fault(NamedTuple):
 
 
 def faults(*, kills: bool) -> list[object]:
-    """All combinations; those of two ranks are slow tests but where they write."""
+    """All combinations; half of them, in which each pair of two settings occurs, are not slow."""
     found: list[object] = []
-    for place, victim, assemble, ranks in itertools.product(
-        PLACES, (0, 1), ("direct", "gather"), (2, 3)
-    ):
+    modes: list[AssembleMode] = ["direct", "gather"]
+    for place, victim, assemble, ranks in itertools.product(PLACES, (0, 1), modes, (2, 3)):
+        odd = victim + (assemble == "gather") + (ranks == 3)
         fault = Fault(kills, place, victim, assemble, ranks)
-        slow = [pytest.mark.slow] if ranks == 2 and place != "write" else []
-        found.append(pytest.param(fault, id=str(fault), marks=slow))
+        marks = [] if odd % 2 else [pytest.mark.slow]
+        found.append(pytest.param(fault, id=str(fault), marks=marks))
     return found
 
 
@@ -137,7 +137,7 @@ def test_an_error_on_one_rank_ends_all(fault: Fault, tmp_path: Path) -> None:
 @pytest.mark.parametrize("fault", faults(kills=True))
 def test_the_death_of_one_rank_ends_all(fault: Fault, tmp_path: Path) -> None:
     recipe = cases.write_steps(tmp_path / "in", cases.small, count=2)
-    outcomes = observe(merge_with_fault, fault.ranks, recipe, tmp_path, fault, 1.5)
+    outcomes = observe(merge_with_fault, fault.ranks, recipe, tmp_path, fault, 1)
     check_death(outcomes, fault.victim)
 
 
@@ -167,9 +167,7 @@ def gather_with_error(recipe: Recipe, out: Path, victim: int) -> None:
 
 
 @pytest.mark.parametrize("victim", [0, 2])
-def test_threads_that_wait_for_bytes_do_not_keep_the_processes(
-    tmp_path: Path, victim: int
-) -> None:
+def test_threads_that_wait_for_bytes_do_not_keep_the_processes(tmp_path: Path, victim: int) -> None:
     """After the error, two ranks send to each other what neither takes any more; at its exit
     Python joins the threads that do so, and they would wait for ever."""
     recipe = cases.write_steps(tmp_path / "in", many, count=2)
@@ -230,10 +228,3 @@ def test_a_connection_that_breaks_by_itself_ends_all(tmp_path: Path) -> None:
     outcomes = observe(gather_with_lost_bytes, 3, recipe, tmp_path)
     assert [type(outcome.error) for outcome in outcomes] == [PeerError, RunError, PeerError]
     assert all("lost the connection to rank" in str(outcome.error) for outcome in outcomes)
-
-
-def test_patches_reach_what_they_replace() -> None:
-    """A fault that never strikes would leave an output, and the tests above would say so; but
-    the names that only some cases use must exist."""
-    assert assembly.GatherSink.write
-    assert all(hasattr(holder, name) for holder, name in PLACES.values())

@@ -23,6 +23,7 @@ from distmerge.errors import OutputError
 from distmerge.pipeline import Options
 from distmerge.planner import SLOTS
 from distmerge.spec import PAGE
+from distmerge.storage import aligned_buffer
 from tests.dist import cases
 from tests.dist.cases import BLOCK, Recipe, fingerprints
 from tests.support.ranks import observe_ranks, run_ranks
@@ -44,11 +45,10 @@ def merge_blindly(recipe: Recipe, out: Path, options: Options, blind: tuple[int,
     """Merge; the ranks `blind` do not see the folder that rank 0 makes."""
     cases.cut()
     seen = Seen(set(), [])
-    make_buffer = assembly.aligned_buffer
 
     def made(num_bytes: int, *, pinned: bool) -> torch.Tensor:
         seen.buffers.append(num_bytes)
-        return make_buffer(num_bytes, pinned=pinned)
+        return aligned_buffer(num_bytes, pinned=pinned)
 
     def listen(event: str, args: tuple[object, ...]) -> None:
         if event == "open" and isinstance(args[0], (str, Path)):

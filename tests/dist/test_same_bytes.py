@@ -76,7 +76,7 @@ def test_any_number_of_ranks_writes_the_same_bytes(
     check(reference, tmp_path / "out", ranks, Options(assemble=assemble))
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("read", ["mmap", "pread"])
 def test_any_way_of_reading_gives_the_same_bytes(
     reference: Reference, tmp_path: Path, ranks: int, read: ReadMode
@@ -89,10 +89,9 @@ def merge_with_block(recipe: Recipe, out: Path, options: Options, block: int) ->
     distmerge.merge(recipe, out, options=options)
 
 
-@pytest.mark.parametrize("block", [4096, 3 * 4096, 16 * 4096])
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize(("block", "ranks"), [(4096, 1), (3 * 4096, 2), (16 * 4096, 2)])
 def test_any_block_and_job_size_gives_the_same_bytes(
-    reference: Reference, tmp_path: Path, ranks: int, block: int
+    reference: Reference, tmp_path: Path, block: int, ranks: int
 ) -> None:
     run_ranks(merge_with_block, ranks, reference.recipe, tmp_path / "out", Options(), block)
     assert fingerprints(tmp_path / "out") == reference.files
@@ -139,14 +138,13 @@ def nothing(random: torch.Generator) -> Tensors:
 
 
 @pytest.mark.parametrize("make", [one, tiny, nothing])
-@pytest.mark.parametrize("ranks", [2, 4])
 @DIRECT_OR_GATHER
 def test_ranks_that_have_little_or_nothing_to_do_change_no_byte(
-    tmp_path: Path, make: Callable[[torch.Generator], Tensors], ranks: int, assemble: AssembleMode
+    tmp_path: Path, make: Callable[[torch.Generator], Tensors], assemble: AssembleMode
 ) -> None:
     """More ranks than jobs (or no job at all), and more tensors than the ranks can count."""
     recipe = cases.write_steps(tmp_path / "in", make, shards=1)
-    check(refer(recipe, tmp_path), tmp_path / "out", ranks, Options(assemble=assemble))
+    check(refer(recipe, tmp_path), tmp_path / "out", 4, Options(assemble=assemble))
 
 
 @pytest.mark.parametrize("read", ["mmap", "pread"])

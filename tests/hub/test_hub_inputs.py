@@ -247,6 +247,18 @@ def test_a_hub_that_is_down_is_one_line(hub: HubServer, tmp_path: Path) -> None:
     assert "can't be reached" in done.stderr
 
 
+def test_a_hub_that_is_down_is_not_missed_where_the_cache_has_all(
+    merged: Merged, tmp_path: Path
+) -> None:
+    nobody = f"http://127.0.0.1:{free_port()}"
+
+    done = merged.site.merge(merged.recipe, tmp_path / "out", HF_ENDPOINT=nobody)
+
+    assert done.returncode == 0, done.stderr
+    assert "Using cached commit hash for 'team/run'" in done.stderr
+    assert contents(tmp_path / "out") == contents(merged.out)
+
+
 def test_two_ranks_of_one_host_download_every_file_once(hub: HubServer, tmp_path: Path) -> None:
     site, before = Site(hub, tmp_path / "cache"), len(hub.requests)
     recipe = write_recipe(tmp_path / "recipe.yaml", TRAJECTORY)
