@@ -17,6 +17,11 @@ from distmerge.spec import PAGE
 
 _LOCAL = frozenset({"ext2", "ext3", "ext4", "xfs", "f2fs", "zfs", "tmpfs", "ramfs", "overlay"})
 _PROBES = 16
+_CGROUPS = Path("/sys/fs/cgroup")
+_LIMITS = (
+    ("memory.max", "memory.current"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
 
 
 def is_local(path: Path) -> bool:
@@ -85,7 +90,7 @@ def _cgroups() -> Iterator[Path]:
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, inside = line.split(":", 2)
         if controllers == "" or "memory" in controllers.split(","):
-            root = _CGROUP / ("memory" if controllers else "")
+            root = _CGROUPS / ("memory" if controllers else "")
             here = root / inside.strip("/")
             yield from (here, *(p for p in here.parents if p == root or root in p.parents))
 

@@ -108,6 +108,6 @@ def test_a_whole_merge_on_the_gpu_is_that_of_the_reference(
 def test_nan_in_an_input_stops_a_merge_on_the_gpu(tmp_path: Path) -> None:
     folders = write_steps(tmp_path, [BF16, BF16])
     write_checkpoint(folders[1], load(folders[1]) | {"b.bias": torch.full((7,), torch.nan)}, 2)
-    with pytest.raises(distmerge.NonFiniteError, match="tensor b.bias holds 7 NaN or Inf"):
+    with pytest.raises(distmerge.NonFiniteError, match=r"tensor b\.bias holds 7 NaN"):
         distmerge.merge(average(folders), tmp_path / "out", options=Options(device="cuda"))
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,149 @@
+"""mergekit's own results for the same recipes, in float32: at most one ulp apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import distmerge
+from tests.support import mergekit_oracle
+from tests.support.reference import load
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not mergekit_oracle.available(),
+        reason="NOTHING WAS COMPARED WITH MERGEKIT: benchmarks/mergekit_env.sh makes what it needs",
+    ),
+]
+
+LAYERS = 5
+
+
+class Case(NamedTuple):
+    """A recipe for the models A, B and C."""
+
+    models: dict[str, object]
+    more: dict[str, object] = {}
+
+    def recipe(self, folder: Path) -> dict[str, object]:
+        listed = [
+            {"model": str(folder / name)}
+            | ({} if weight is None else {"parameters": {"weight": weight}})
+            for name, weight in self.models.items()
+        ]
+        more = {
+            key: str(folder / str(value)) if key == "base_model" else value
+            for key, value in self.more.items()
+        }
+        return {"merge_method": "linear", "models": listed, "dtype": "float32", **more}
+
+
+FILTERS = [
+    {"filter": "self_attn", "value": 0.9},
+    {"filter": "mlp", "value": [0.1, 0.8, 0.2]},
+    {"value": 0.4},
+]
+CASES = {
+    "plain weights": Case({"A": 1.0, "B": 0.3, "C": 0.7}),
+    "equal weights": Case({"A": 1, "B": 1, "C": 1}),
+    "weights as they are": Case(
+        {"A": 0.6, "B": 0.3, "C": -0.25}, {"parameters": {"normalize": False}}
+    ),
+    "normalised by default, a negative one": Case({"A": 1.5, "B": -0.5, "C": 0.25}),
+    "gradient": Case({"A": [0, 0.3, 1.0], "B": [1.0, 0.2], "C": 0.5}),
+    "gradient as it is": Case(
+        {"A": [0.1, 0.9], "B": [0.9, 0.1]}, {"parameters": {"normalize": False}}
+    ),
+    "filters": Case({"A": FILTERS, "B": 0.5, "C": 0.25}),
+    "first filter decides": Case(
+        {
+            "A": [
+                {"filter": "proj", "value": 0.8},
+                {"filter": "q_proj", "value": 0.1},
+                {"filter": "*", "value": 0.3},
+            ],
+            "B": [{"filter": "layers.1", "value": 2}, {"value": 1}],
+        }
+    ),
+    "filters that fall through to a global weight": Case(
+        {"A": [{"filter": "mlp", "value": 0.9}], "B": 0.5, "C": None},
+        {"parameters": {"weight": 0.2}},
+    ),
+    "global filters": Case(
+        {"A": None, "B": 0.5, "C": None},
+        {"parameters": {"weight": [{"filter": "norm", "value": 1}, {"value": [0.2, 0.6]}]}},
+    ),
+    "normalize by filter": Case(
+        {"A": 0.5, "B": 0.9},
+        {"parameters": {"normalize": [{"filter": "mlp", "value": False}, {"value": True}]}},
+    ),
+    "base model among the models": Case({"A": 0.5, "B": 0.3, "C": 0.2}, {"base_model": "C"}),
+    "base model beside the models, by a global weight": Case(
+        {"A": 0.5, "B": None}, {"base_model": "C", "parameters": {"weight": 0.3}}
+    ),
+    "output rounded to bfloat16": Case({"A": 0.5, "B": 0.3, "C": 0.4}, {"out_dtype": "bfloat16"}),
+    "one model": Case({"A": 2.0}),
+    "zero weight": Case({"A": 1.0, "B": 0.0, "C": 0.5}),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three Llamas that differ in all weights."""
+    folder = tmp_path_factory.mktemp("models")
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=LAYERS,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    for seed, name in enumerate("ABC"):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+        with torch.no_grad():  # fresh norms are all ones
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.02)
+        model.save_pretrained(folder / name, max_shard_size="200KB")
+    return folder
+
+
+def ulps_apart(ours: torch.Tensor, theirs: torch.Tensor) -> int:
+    """The most by which two tensors differ, counted in numbers of their dtype."""
+    whole = torch.int16 if ours.dtype == torch.bfloat16 else torch.int32
+    places = []
+    for x in (ours, theirs):
+        raw = x.view(whole).long()
+        places.append(torch.where(raw < 0, torch.iinfo(whole).min - raw, raw))  # in order of size
+    return int((places[0] - places[1]).abs().max())
+
+
+def test_ulps_are_counted_across_zero_and_powers_of_two() -> None:
+    x = torch.tensor([-(2.0**-149), 1.0, -1.0])
+    y = torch.tensor([2.0**-149, 1 - 2**-24, -1 - 2**-23])
+    assert [ulps_apart(a, b) for a, b in zip(x, y, strict=True)] == [2, 1, 1]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_mergekit_s_recipe_gives_mergekit_s_tensors(
+    case: Case, models: Path, tmp_path: Path, record_property: pytest.RecordProperty
+) -> None:
+    recipe = case.recipe(models)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    mergekit_oracle.merge(recipe, tmp_path / "theirs")
+    distmerge.merge(path, tmp_path / "ours")
+    ours, theirs = load(tmp_path / "ours"), load(tmp_path / "theirs")
+    assert ours.keys() == theirs.keys()
+    assert len(ours) == 3 + 9 * LAYERS
+    apart = {}
+    for name, tensor in ours.items():
+        assert (tensor.dtype, tensor.shape) == (theirs[name].dtype, theirs[name].shape), name
+        apart[name] = ulps_apart(tensor, theirs[name])
+    worst = max(apart, key=apart.__getitem__)
+    record_property("max_ulp", apart[worst])
+    print(f"at most {apart[worst]} ulp apart ({worst})")
+    assert apart[worst] <= 1, worst
