@@ -154,7 +154,7 @@ def test_a_death_is_noticed_in_time_with_the_true_constants(
 
 
 def many(random: torch.Generator) -> Tensors:
-    return {f"t{n:02}": torch.randn(400_000, generator=random) for n in range(12)}
+    return {f"t{n:02}": torch.randn(400_000, generator=random) for n in range(30)}
 
 
 def gather_with_error(recipe: Recipe, out: Path, victim: int) -> None:

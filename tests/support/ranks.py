@@ -17,7 +17,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.context import ForkServerProcess
@@ -139,9 +139,10 @@ def _wait(processes: Sequence[ForkServerProcess], deadline: float) -> dict[int, 
 def _end(process: ForkServerProcess) -> None:
     """End a process that hangs; at SIGABRT, faulthandler writes where each thread stands."""
     assert process.pid is not None
-    os.kill(process.pid, signal.SIGABRT)
-    process.join(5)
-    process.kill()
+    with suppress(ProcessLookupError):
+        os.kill(process.pid, signal.SIGABRT)
+        process.join(5)
+        process.kill()
 
 
 def _outcome(folder: Path, rank: int) -> Outcome[T]:

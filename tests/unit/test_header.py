@@ -114,7 +114,10 @@ def test_a_header_that_lies_is_refused(
     [
         (b"", "only 0 bytes"),
         (b"\1\0\0", "only 3 bytes"),
-        ((MAX_HEADER + 1).to_bytes(8, "little") + b"{}", r"100000001 bytes \(the limit is 100000000\)"),
+        (
+            (MAX_HEADER + 1).to_bytes(8, "little") + b"{}",
+            r"100000001 bytes \(the limit is 100000000\)",
+        ),
         (b"\xff" * 8 + b"{}", "claims a header of 18446744073709551615 bytes"),
         ((3).to_bytes(8, "little") + b"{}", "3 bytes but has only 10 bytes; truncated"),
     ],

@@ -89,6 +89,7 @@ def test_permissions_follow_the_umask(
 
 def test_the_manifest_describes_every_file_but_itself(tmp_path: Path, run: str) -> None:
     out = tmp_path / "out"
+    (tmp_path / "run/step-3/tokenizer.json").write_text("{}")
     distmerge.merge(average(run), out, options=SMALL)
     files = {name: content for name, content in tree(out).items() if content is not None}
     del files["distmerge.json"]
@@ -135,12 +136,14 @@ def recipes(folder: Path) -> dict[str, dict[str, Plain]]:
     first, second = folder / "run/step-1", folder / "run/step-2"
     gradient: Plain = [{"filter": "s.1.", "value": 3}, {"filter": "*", "value": [0.1, 0.7]}]
     every = str(folder / "run/step-*")
+    more = [folder / f"more-{number}" for number in (0, 1)]
     return {
         "uniform": average(every),
         "ema": average(every, last=2, schedule={"ema": 0.3}, reverse=True),
         "scrambled": average(every, schedule={"wsm": "minus-sqrt"}, scramble=5),
         "linear": linear({first: gradient, second: 0.3}, out_dtype="bfloat16"),
         "not normalised": linear({first: 2, second: -0.3}, parameters={"normalize": False}),
+        "uneven": linear(dict.fromkeys(more, 1), missing="present", non_float="donor"),
         "base": linear({first: None}, base_model=str(second), parameters={"weight": gradient},
                        dtype="float16", non_float="donor"),
     }  # fmt: skip
@@ -149,6 +152,9 @@ def recipes(folder: Path) -> dict[str, dict[str, Plain]]:
 @pytest.mark.usefixtures("run")
 @pytest.mark.parametrize("name", list(recipes(Path())))
 def test_the_manifest_s_recipe_gives_the_same_bytes_again(tmp_path: Path, name: str) -> None:
+    for number in (0, 1):
+        tensors = {"n": torch.tensor([number]), "w": torch.ones(3), f"w{number}": torch.ones(3)}
+        write_checkpoint(tmp_path / f"more-{number}", tensors)
     distmerge.merge(recipes(tmp_path)[name], tmp_path / "out", options=SMALL)
     again: dict[str, Plain] = manifest(tmp_path / "out")["recipe"]
     (tmp_path / "run/step-9").mkdir()  # what a glob finds later must not matter

@@ -68,6 +68,11 @@ def test_a_gradient_may_have_any_number_of_anchors(tmp_path: Path) -> None:
     assert set(of_first(tmp_path, [7], names).values()) == {7}
 
 
+def test_layers_are_counted_and_not_sorted_as_text(tmp_path: Path) -> None:
+    found = of_first(tmp_path, [1, 12], [f"layers.{i}.w" for i in range(12)])
+    assert [found[f"layers.{i}.w"] for i in range(12)] == pytest.approx(list(range(1, 13)))
+
+
 def test_a_stack_of_one_layer_takes_the_last_anchor(tmp_path: Path) -> None:
     assert of_first(tmp_path, [1, 3], ["layers.0.w", "head"]) == {"layers.0.w": 3, "head": 1}
 

@@ -88,8 +88,9 @@ def test_every_rank_s_cost_is_within_one_job_of_the_mean(content: Tensors, ranks
     plan = planned(content, content)
     costs = [plan.read_bytes(job) + plan.write_bytes(job) for job in plan.jobs]
     mean, largest = sum(costs) / ranks, max(costs, default=0)
-    for share in assign(plan, ranks):
+    for rank, share in enumerate(assign(plan, ranks)):
         assert abs(sum(costs[job] for job in share) - mean) <= largest + 1e-6
+        assert abs(sum(costs[: share.stop]) - mean * (rank + 1)) <= largest / 2 + 1e-6
 
 
 def test_more_ranks_than_jobs_leave_some_without_work() -> None:
@@ -137,6 +138,7 @@ def test_the_digest_is_the_same_for_the_same_merge() -> None:
         planned(BASE, BASE, coefficients=(0.25, 0.75)),
         planned(BASE, BASE, donor=1),
         planned(BASE, BASE, BASE, coefficients=(0.5, 0.5, 0)),
+        planned(BASE, BASE, out_dtype="float16"),
         planned(BASE, BASE, out_dtype="bfloat16"),
         planned(BASE, BASE, shard_bytes=50),
         planned({"a": ("F32", 20), "b": ("F32", 10)}, {"a": ("F32", 20), "b": ("F32", 10)}),
@@ -146,12 +148,19 @@ def test_the_digest_is_the_same_for_the_same_merge() -> None:
         planned({**BASE, "a": ("F16", 10)}, BASE),
     ],
     ids=[
-        "one bit of a coefficient", "coefficients", "donor", "an input more", "dtype", "shards",
+        "one bit of a coefficient", "coefficients", "donor", "an input more", "a dtype",
+        "another dtype", "shards",
         "shapes", "order", "an empty tensor", "one element", "donor's dtype",
     ],
 )  # fmt: skip
 def test_the_digest_tells_other_merges_apart(other: Plan) -> None:
     assert planned(BASE, BASE).digest != other.digest
+
+
+def test_the_digest_knows_which_inputs_the_coefficients_belong_to() -> None:
+    first = planned(BASE, BASE, BASE, coefficients=(0.5, 0.5, 0))
+    second = planned(BASE, BASE, BASE, coefficients=(0.5, 0, 0.5))
+    assert first.digest != second.digest
 
 
 def test_the_digest_does_not_know_folders_or_time_stamps(tmp_path: Path) -> None:
