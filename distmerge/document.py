@@ -17,6 +17,9 @@ from distmerge.log import LOGGER
 MAX_NODES = 1_000_000
 """More values than this (an alias that refers to aliases that ...) are an attack or a mistake."""
 
+MAX_NUMBER = 3.4e38
+"""What float32 holds: coefficients meet tensors in float32."""
+
 Plain = None | bool | int | float | str | list["Plain"] | dict[str, "Plain"]
 """What YAML and JSON are made of."""
 
@@ -99,12 +102,12 @@ class Node:
         return self.value
 
     def number(self) -> float:
-        """A finite number. YAML 1.1 reads 1e-3 as text; people mean the number."""
+        """A number that float32 holds. YAML 1.1 reads 1e-3 as text; people mean the number."""
         try:
             value = float(self.value) if isinstance(self.value, (int, float, str)) else math.nan
         except (ValueError, OverflowError):
             value = math.nan
-        if not math.isfinite(value):
+        if not abs(value) <= MAX_NUMBER:
             self.fail(f"expected a finite number; got {_shown(self.value)}")
         return value
 

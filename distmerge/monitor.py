@@ -88,7 +88,7 @@ class Monitor(threading.Thread):
     def take_leave(self) -> None:
         """After a failure: the first rank holds the news, so it stays until all have left, or for
         as long as a dead rank lets the others take to hear of it."""
-        deadline = time.monotonic() + 3 * INTERVAL
+        deadline = time.monotonic() + 2 * INTERVAL
         try:
             left = self._store.add("left", 1)
             while self._rank == 0 and left < self._size and time.monotonic() < deadline:

@@ -40,7 +40,7 @@ def check_target(out: Path, inputs: Iterable[Checkpoint], *, overwrite: bool) ->
 
 
 def _check_replaceable(out: Path, *, overwrite: bool) -> None:
-    if not out.is_dir() or out.is_symlink():
+    if not out.is_dir():
         raise OutputError(f"{out}: it exists and is not a folder")
     if not any(out.iterdir()):
         return

@@ -178,6 +178,16 @@ def test_the_output_has_the_donor_s_dtype_unless_the_recipe_has_one(
     assert [t.dtype.name for t in plan.tensors] == [expected]
 
 
+@pytest.mark.parametrize(("donor", "expected"), [(0, "F32"), (1, "BF16"), (2, "F16")])
+def test_the_donor_s_dtype_counts_wherever_it_stands(
+    tmp_path: Path, donor: int, expected: str
+) -> None:
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    models = [write(tmp_path / str(i), x=full(1).to(dtype)) for i, dtype in enumerate(dtypes)]
+    plan = distmerge.plan(linear(dict.fromkeys(models, 1), base_model=str(models[donor])))
+    assert [t.dtype.name for t in plan.tensors] == [expected]
+
+
 holders = st.lists(st.sets(st.sampled_from("abc")), min_size=1, max_size=4)
 
 
