@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from itertools import zip_longest
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
@@ -22,6 +22,7 @@ from distmerge.errors import OutputError
 from distmerge.planner import Plan
 from distmerge.spec import PAGE
 from distmerge.storage import aligned_buffer
+from distmerge.threads import Threads
 from distmerge.writer import ShardWriter
 
 AssembleMode = Literal["auto", "direct", "gather"]
@@ -99,7 +100,7 @@ class GatherSink:
         rank_steps: Sequence[Iterator[Step]],
     ):
         self._world, self._owners, self._writer = world, owners, writer
-        self._pool = ThreadPoolExecutor(1, "receive")
+        self._pool = Threads(1, "receive")
         self._received: Future[None] = self._pool.submit(self._receive, rank_steps)
 
     def write(self, shard: int, offset: int, data: torch.Tensor) -> None:
@@ -113,7 +114,7 @@ class GatherSink:
     def close(self) -> None:
         """Return when all that the other ranks owed this one is written."""
         self._world.wait(self._received)
-        self._pool.shutdown(wait=False)
+        self._pool.close()
 
     def _receive(self, rank_steps: Sequence[Iterator[Step]]) -> None:
         buffer = torch.empty(0, dtype=torch.uint8)

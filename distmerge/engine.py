@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -24,6 +24,7 @@ from distmerge.planner import SLOTS, Plan
 from distmerge.sources.reader import ByteReader, Inputs
 from distmerge.spec import BLOCK_ELEMENTS, PAGE, DType, Job, OutputTensor
 from distmerge.storage import aligned_buffer
+from distmerge.threads import Threads
 
 READERS = 4
 """Threads of a rank that read: one alone does not keep a fast disk or a network busy."""
@@ -112,8 +113,7 @@ class Engine:
     def run(self, jobs: Iterable[int], inputs: Inputs, sink: Sink, world: World) -> Outcome:
         """Read, compute and write every job. Raises what goes wrong in any of the three."""
         slots = [self._slot() for _ in range(SLOTS)]
-        reading = ThreadPoolExecutor(READERS, "read")
-        writing = ThreadPoolExecutor(1, "write")
+        reading, writing = Threads(READERS, "read"), Threads(1, "write")
         ahead: deque[tuple[Step, _Slot]] = deque()
         read = written = 0
         try:
@@ -132,9 +132,8 @@ class Engine:
                 if slot.write is not None:
                     world.wait(slot.write)
         finally:
-            # After a failure a thread may hang in a system call: do not wait for it.
-            reading.shutdown(wait=False, cancel_futures=True)
-            writing.shutdown(wait=False, cancel_futures=True)
+            reading.close()
+            writing.close()
         return Outcome(read_bytes=read, written_bytes=written, nonfinite=self._nonfinite)
 
     def _slot(self) -> _Slot:
@@ -154,9 +153,7 @@ class Engine:
     def _dtypes(self, tensor: OutputTensor) -> list[DType]:
         return [self._plan.inputs[i].tensors[tensor.name].dtype for i in tensor.rule.inputs]
 
-    def _start_reading(
-        self, step: Step, slot: _Slot, inputs: Inputs, pool: ThreadPoolExecutor
-    ) -> int:
+    def _start_reading(self, step: Step, slot: _Slot, inputs: Inputs, pool: Threads) -> int:
         """Queue the reads of a step; returns how many bytes they are."""
         slot.reads.clear()
         total = 0
@@ -170,9 +167,7 @@ class Engine:
             total += size
         return total
 
-    def _finish(
-        self, step: Step, slot: _Slot, sink: Sink, pool: ThreadPoolExecutor, world: World
-    ) -> None:
+    def _finish(self, step: Step, slot: _Slot, sink: Sink, pool: Threads, world: World) -> None:
         """Compute a step whose reads are under way, and queue its write."""
         world.check()
         raw = [world.wait(read) for read in slot.reads]

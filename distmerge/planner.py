@@ -40,13 +40,17 @@ SLOTS = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """All that the ranks agree on. `digest` covers everything but time stamps and folders."""
+    """All that the ranks agree on. `digest` covers everything but time stamps and folders.
+
+    `widths` are the bytes that one element of each tensor takes in all its inputs and the output.
+    """
 
     inputs: tuple[Checkpoint, ...]
     donor: int
     tensors: tuple[OutputTensor, ...]
     shards: tuple[OutputShard, ...]
     jobs: tuple[Job, ...]
+    widths: tuple[int, ...]
     digest: str
 
     @property
@@ -69,7 +73,7 @@ class Plan:
 
     def read_bytes(self, job: Job) -> int:
         """Bytes of all inputs that `job` reads."""
-        return (job.stop - job.start) * _read_width(self, self.tensors[job.tensor])
+        return (job.stop - job.start) * self.widths[job.tensor] - self.write_bytes(job)
 
     def write_bytes(self, job: Job) -> int:
         return (job.stop - job.start) * self.tensors[job.tensor].dtype.itemsize
@@ -88,8 +92,16 @@ def build_plan(config: Config, sources: Sources, *, shard_bytes: int) -> Plan:
         tensors=tuple(tensors),
         shards=tuple(shards),
         jobs=tuple(_cut(tensors)),
+        widths=tuple(_width(sources, tensor) for tensor in tensors),
         digest=_digest(sources, tensors, shards),
     )
+
+
+def _width(sources: Sources, tensor: OutputTensor) -> int:
+    width = tensor.dtype.itemsize
+    for i in tensor.rule.inputs:
+        width += sources.checkpoints[i].tensors[tensor.name].dtype.itemsize
+    return width
 
 
 def _cut(tensors: Sequence[OutputTensor]) -> Iterator[Job]:
@@ -121,8 +133,7 @@ def assign(plan: Plan, ranks: int) -> list[range]:
     Contiguous, because a rank then reads and writes sequentially and mostly in shards of its own;
     balanced to within one job, because jobs are small beside a rank's share.
     """
-    widths = [_width(plan, tensor) for tensor in plan.tensors]
-    ends = list(accumulate((job.stop - job.start) * widths[job.tensor] for job in plan.jobs))
+    ends = list(accumulate((job.stop - job.start) * plan.widths[job.tensor] for job in plan.jobs))
     total = ends[-1] if ends else 0
     bounds = [0]
     for rank in range(1, ranks):
@@ -144,7 +155,7 @@ def step_elements(plan: Plan, budget_bytes: int) -> int:
 
     Raises OutputError where the budget does not hold a single block of every input.
     """
-    width = max((_width(plan, tensor) for tensor in plan.tensors), default=1)
+    width = max(plan.widths, default=1)
     slack = 2 * PAGE * (1 + max((len(t.rule.inputs) for t in plan.tensors), default=0))
     blocks = (budget_bytes // SLOTS - slack) // (width * BLOCK_ELEMENTS)
     if blocks < 1:
@@ -158,17 +169,5 @@ def step_elements(plan: Plan, budget_bytes: int) -> int:
 
 def buffer_bytes(plan: Plan, elements: int) -> int:
     """Memory of one rank's buffers when it holds `elements` of a job at once."""
-    width = max((_width(plan, tensor) for tensor in plan.tensors), default=1)
+    width = max(plan.widths, default=1)
     return SLOTS * width * elements
-
-
-def _width(plan: Plan, tensor: OutputTensor) -> int:
-    """Bytes of all inputs and of the output, for one element."""
-    return _read_width(plan, tensor) + tensor.dtype.itemsize
-
-
-def _read_width(plan: Plan, tensor: OutputTensor) -> int:
-    width = 0
-    for i in tensor.rule.inputs:
-        width += plan.inputs[i].tensors[tensor.name].dtype.itemsize
-    return width

@@ -48,7 +48,8 @@ def contents(config: Config, sources: Sources) -> list[Content]:
 
 def _summary(problems: Sequence[str], total: int) -> str:
     lines = [f"the inputs do not fit: {len(problems)} of {total} tensors differ"]
-    lines += [f"  {problem}" for problem in problems[:SHOWN]]
+    # Names come from files: what can't be printed must not reach the terminal.
+    lines += [f"  {p if p.isprintable() else ascii(p)}" for p in problems[:SHOWN]]
     if len(problems) > SHOWN:
         lines.append(f"  ... and {len(problems) - SHOWN} more")
     return "\n".join(lines)

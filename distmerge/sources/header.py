@@ -95,8 +95,10 @@ def _parse(path: Path, raw: bytes) -> dict[str, object]:
         _refuse(path, f"the header is not JSON ({error})")
     if not isinstance(header, dict):
         _refuse(path, "the header is not a JSON object")
-    if not "".join(header).isprintable():  # control characters, or half a surrogate pair
-        _refuse(path, "a tensor's name holds characters that can't be printed")
+    try:
+        "".join(header).encode()
+    except UnicodeEncodeError:  # JSON can spell one half of a surrogate pair
+        _refuse(path, "a tensor's name is not Unicode text")
     return header
 
 

@@ -140,7 +140,7 @@ def test_an_error_on_one_rank_ends_all(fault: Fault, tmp_path: Path) -> None:
 @pytest.mark.parametrize("fault", faults(kills=True))
 def test_the_death_of_one_rank_ends_all(fault: Fault, tmp_path: Path) -> None:
     recipe = cases.write_steps(tmp_path / "in", cases.small, count=2)
-    outcomes = observe(merge_with_fault, fault.ranks, recipe, tmp_path, fault, 1)
+    outcomes = observe(merge_with_fault, fault.ranks, recipe, tmp_path, fault, 2)
     check_death(outcomes, fault.victim)
 
 

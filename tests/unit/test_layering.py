@@ -28,7 +28,7 @@ LAYERS = (
     ("parameters",),
     ("document", "layout", "storage"),
     ("log", "launchers"),
-    ("spec", "errors", "collector", "version"),
+    ("spec", "errors", "collector", "threads", "version"),
 )
 """From the top. A module imports from layers below its own; a package is one entry here."""
 
