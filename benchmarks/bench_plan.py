@@ -156,7 +156,7 @@ def timed(kind: str, recipe: Path, ranks: int) -> Run:
 def collect(options: argparse.Namespace) -> Run:
     """All runs, in turns, so that a slow minute of the machine hits all of them."""
     recipes = write_recipes(options.workdir, options.inputs)
-    runs = []
+    runs, loads = list[Run](), [os.getloadavg()[0]]
     for _ in range(options.rounds):
         for inputs, recipe in recipes.items():
             for kind in ("api", "command"):
@@ -164,7 +164,10 @@ def collect(options: argparse.Namespace) -> Run:
                 runs.append(run)
                 size = run["peak_bytes"] / MIB
                 print(f"{inputs:10}{kind:8}{run['wall_s']:7.2f} s {size:6.0f} MiB", flush=True)
-    return {"about": about(options), "runs": runs}
+        loads.append(os.getloadavg()[0])
+    load = ", ".join(f"{each:.1f}" for each in loads)
+    noise = f"load average before the rounds and after each: {load} (it would be 1 with us alone)"
+    return {"about": {**about(options), "noise": noise}, "runs": runs}
 
 
 def about(options: argparse.Namespace) -> dict[str, str]:

@@ -167,6 +167,7 @@ def _rank(
     for name in [name for name in os.environ if name.startswith(_LAUNCHERS)]:
         del os.environ[name]
     os.environ.update(environment)
+    os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"  # torch looks up the names of all it meets
     torch.set_num_threads(1)
     outcome: Outcome[T] = Outcome(rank=rank, reported=True)
     try:
