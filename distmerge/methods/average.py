@@ -16,8 +16,9 @@ def weighted_sum(
 ) -> bool:
     """out = sum_i coefficients[i] * inputs[i], rounded once, to the dtype of `out`.
 
-    `inputs` and `out` are 1-D, of one length and of any float dtypes. Terms are added in order,
-    in float32 (float64 where an input or `out` is). The first term starts the sum, so a single
+    `inputs` and `out` are 1-D, of one length over zero and of any float dtypes. Terms are added in
+    order, in float32 (float64 where an input or `out` is; torch rounds float64 to 16 bits by way
+    of float32). The first term starts the sum, so a single
     input with coefficient 1 comes out as it is, to the sign of its zeros.
 
     Returns whether all went well: False where an input holds NaN or Inf, where a value
