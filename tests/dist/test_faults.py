@@ -203,7 +203,7 @@ def merge_with_error_between_phases(recipe: Recipe, out: Path, victim: int) -> N
 
     mock.patch.object(monitor, "INTERVAL", 0.2).start()
     if int(os.environ["RANK"]) == victim:
-        mock.patch.object(pipeline, "assign", failing).start()
+        mock.patch.object(pipeline, "as_recipe", failing).start()
     distmerge.merge(recipe, out)
 
 
