@@ -126,6 +126,13 @@ class World:
             result = _without_os_errors(work)
         except Exception as error:
             self._fail(phase, error)
+            first = self.monitor.cause
+            refused = isinstance(error.__cause__, OSError)
+            if refused and first is not None and first.rank != self.rank:
+                # A consequence: that rank has removed the output under our hands, for example.
+                raise PeerError(
+                    first.message, exit_code=first.exit_code, reported=error.reported
+                ) from error
             raise
         outcomes = self._exchange(phase, _Outcome(result if share else None, None))
         failures = [outcome.failure for outcome in outcomes if outcome.failure]

@@ -95,10 +95,8 @@ def write_sidecars(temporary: Path, plan: Plan, *, cast: bool) -> dict[str, Plai
     return files
 
 
-def complete(
-    temporary: Path, out: Path, plan: Plan, files: Mapping[str, Plain], recipe: Plain
-) -> None:
-    """Add the manifest and, last, the index, without which nothing loads; then rename to `out`.
+def complete(temporary: Path, plan: Plan, files: Mapping[str, Plain], recipe: Plain) -> None:
+    """Add the manifest and, last, the index, without which nothing loads.
 
     `files` describes the shards and what else is there, by name.
     """
@@ -112,7 +110,6 @@ def complete(
     if index is not None:
         _write(temporary / INDEX, index)
     _sync_folder(temporary)
-    _rename(temporary, out)
 
 
 def described(sha256: str, num_bytes: int) -> dict[str, Plain]:
@@ -183,7 +180,7 @@ def versions() -> dict[str, Plain]:
     }
 
 
-def _rename(temporary: Path, out: Path) -> None:
+def rename(temporary: Path, out: Path) -> None:
     """Give the complete folder its name; what `out` held before goes once that has worked."""
     old = out.parent / f"{temporary.name}-replaced"
     if out.exists() and any(out.iterdir()):

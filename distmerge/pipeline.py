@@ -126,8 +126,10 @@ def merge(
             carried_out = as_recipe(recipe, sources.coefficients)
             world.on_first(
                 "finish the output",
-                lambda: output.complete(folder, target, plan, {**beside, **digests}, carried_out),
+                lambda: output.complete(folder, plan, {**beside, **digests}, carried_out),
             )
+            # A phase of its own: it begins when every rank has come so far.
+            world.on_first("rename the output", lambda: output.rename(folder, target))
         peaks = world.gather("end", peak_memory)
     return _result(target, plan, outcomes, peaks, (time.monotonic() - started, seconds))
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import distmerge
-from distmerge import engine, monitor, pipeline
+from distmerge import assembly, engine, monitor, pipeline
 from distmerge.assembly import AssembleMode
 from distmerge.errors import OutputError, PeerError, RunError
 from distmerge.pipeline import Options
@@ -202,8 +202,9 @@ def merge_with_error_between_phases(recipe: Recipe, out: Path, victim: int) -> N
         raise ValueError("injected")
 
     mock.patch.object(monitor, "INTERVAL", 0.2).start()
+    mock.patch.object(assembly, "_PATIENCE", 0.2).start()
     if int(os.environ["RANK"]) == victim:
-        mock.patch.object(pipeline, "as_recipe", failing).start()
+        mock.patch.object(pipeline, "assign", failing).start()
     distmerge.merge(recipe, out)
 
 
