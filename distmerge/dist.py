@@ -10,7 +10,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NamedTuple, TypeVar
@@ -127,11 +127,11 @@ class World:
         except Exception as error:
             self._fail(phase, error)
             first = self.monitor.cause
-            refused = isinstance(error.__cause__, OSError)
+            refused = isinstance(error, RunError) and isinstance(error.__cause__, OSError)
             if refused and first is not None and first.rank != self.rank:
                 # A consequence: that rank has removed the output under our hands, for example.
                 raise PeerError(
-                    first.message, exit_code=first.exit_code, reported=error.reported
+                    first.message, exit_code=first.exit_code, reported=self.rank > 0
                 ) from error
             raise
         outcomes = self._exchange(phase, _Outcome(result if share else None, None))
@@ -178,8 +178,7 @@ class World:
         if self.monitor.cause is None and not isinstance(error, PeerError):
             self.monitor.fail(self._cause("", error))  # it was raised between two phases
         self.monitor.take_leave()
-        if self.group is not None:
-            _break_off(self.group)
+        _break_off(self)
 
     @contextmanager
     def _connected(self, rank: int) -> Iterator[None]:
@@ -241,13 +240,17 @@ def join(*, use_cuda: bool) -> Iterator[World]:
         torch_dist.destroy_process_group(group if adopted else None)
 
 
-def _break_off(group: torch_dist.ProcessGroup) -> None:
-    """A wait that times out makes gloo close all connections of its group."""
+def _break_off(world: World) -> None:
+    """Close the connections: a wait that times out makes gloo close all of its group's."""
     nothing = torch.empty(1, dtype=torch.uint8)
-    with suppress(RuntimeError):
-        work = torch_dist.irecv(nothing, group=group, tag=_NEVER_SENT)
-        assert work is not None
-        work.wait(timedelta(milliseconds=1))
+    for peer in (rank for rank in range(world.size) if rank != world.rank):
+        try:
+            work = torch_dist.irecv(nothing, peer, group=world.group, tag=_NEVER_SENT)
+            assert work is not None
+            work.wait(timedelta(milliseconds=1))
+        except RuntimeError as error:
+            if "Timed out" in str(error):  # not the end of a connection that was closed before
+                return
 
 
 def _start(launch: Launch, use_cuda: bool) -> None:
