@@ -111,9 +111,11 @@ class GatherSink:
         else:
             self._world.send(data, self._owners[shard])
 
-    def close(self) -> None:
+    def finish(self) -> None:
         """Return when all that the other ranks owed this one is written."""
         self._world.wait(self._received)
+
+    def close(self) -> None:
         self._pool.close()
 
     def _receive(self, rank_steps: Sequence[Iterator[Step]]) -> None:

@@ -258,7 +258,8 @@ def _run_jobs(
     ):
         if not where.gather:
             return engine.run(assignment[world.rank], inputs, writer, world)
-        sink = GatherSink(world, where.owners, writer, all_steps(plan, assignment, elements))
-        outcome = engine.run(assignment[world.rank], inputs, sink, world)
-        sink.close()
+        theirs = all_steps(plan, assignment, elements)
+        with closing(GatherSink(world, where.owners, writer, theirs)) as sink:
+            outcome = engine.run(assignment[world.rank], inputs, sink, world)
+            sink.finish()
         return outcome

@@ -10,6 +10,8 @@ import errno
 import itertools
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -24,10 +26,11 @@ from distmerge.assembly import AssembleMode
 from distmerge.errors import OutputError, PeerError, RunError
 from distmerge.pipeline import Options
 from distmerge.sources import reader
+from distmerge.threads import Threads
 from distmerge.writer import ShardWriter
 from tests.dist import cases
 from tests.dist.cases import Recipe, Tensors
-from tests.support.ranks import Outcome, observe_ranks
+from tests.support.ranks import Outcome, observe_ranks, run_ranks
 
 LIMIT = 30.0
 """Seconds in which all ranks must have ended."""
@@ -166,15 +169,42 @@ def gather_with_error(recipe: Recipe, out: Path, victim: int) -> None:
     if int(os.environ["RANK"]) == victim:
         fail_at_second(*PLACES["compute"], kills=False)
     options = Options(assemble="gather", shard_size="2MB", memory="5MB")
-    distmerge.merge(recipe, out, options=options)
+    try:
+        distmerge.merge(recipe, out, options=options)
+    except Exception:
+        check_threads_end()
+        raise
+
+
+def check_threads_end() -> None:
+    """None of ours is left within two seconds."""
+    deadline = time.monotonic() + 2
+    names = {"read", "write", "receive", "hash", "monitor"}
+    while left := [thread.name for thread in threading.enumerate() if thread.name in names]:
+        assert time.monotonic() < deadline, f"still there: {left}"
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("victim", [0, 2])
-def test_threads_that_wait_for_bytes_do_not_keep_the_processes(tmp_path: Path, victim: int) -> None:
-    """After the error, two ranks send to each other what neither takes any more; at its exit
-    Python joins the threads that do so, and they would wait for ever."""
+def test_threads_that_wait_for_bytes_end_with_the_merge(tmp_path: Path, victim: int) -> None:
+    """After the error, two ranks send to each other what neither takes any more. A caller that
+    goes on would keep their buffers; one that ends could die of their late awakening."""
     recipe = cases.write_steps(tmp_path / "in", many, count=2)
     check_failure(observe(gather_with_error, 3, recipe, tmp_path, victim), victim)
+
+
+def hang_in_thread() -> int:
+    """A thread that is never through, as in a call to a network file system that is gone."""
+    threads = Threads(2, "read")
+    threads.submit(threading.Event().wait)
+    result = threads.submit(lambda: 42).result(timeout=10)
+    threads.close()
+    return result
+
+
+def test_a_thread_that_hangs_does_not_keep_the_process() -> None:
+    """Python would join a thread of concurrent.futures.ThreadPoolExecutor for ever."""
+    assert run_ranks(hang_in_thread, 1, timeout=10) == [42]
 
 
 def merge_with_full_disk(recipe: Recipe, out: Path) -> None:
@@ -220,7 +250,7 @@ def test_an_error_outside_any_phase_is_heard_of_too(tmp_path: Path, victim: int)
 def gather_with_lost_bytes(recipe: Recipe, out: Path) -> None:
     """Rank 1's receiver meets a broken connection, though nobody has failed."""
     cases.cut()
-    mock.patch.multiple(monitor, SILENCE=0.5, INTERVAL=0.2).start()
+    mock.patch.multiple(monitor, SILENCE=0.5, INTERVAL=0.1).start()
     if os.environ["RANK"] == "1":
         broken = mock.patch("torch.distributed.recv", side_effect=RuntimeError("Read timeout"))
         broken.start()

@@ -72,7 +72,7 @@ def gather_late(world: World) -> list[int]:
     """The first rank is the last to arrive."""
 
     def work() -> int:
-        time.sleep(0.1 * (world.size - world.rank))
+        time.sleep(0.05 * (world.size - world.rank))
         return world.rank * 10
 
     return world.gather("count", work)
