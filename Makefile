@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: setup demo test test-slow test-gpu check format bench bench-plan clean
+.PHONY: setup demo experiment-extra-merge test test-slow test-gpu check format bench bench-plan clean
 
 setup: $(READY)
 
@@ -15,9 +15,14 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/python benchmarks/demo.py train
+	$(BIN)/python -m benchmarks.demo train
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=2 -m distmerge merge configs/average.yaml runs/demo/merged --overwrite
-	$(BIN)/python benchmarks/demo.py evaluate
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=2 -m distmerge merge configs/extra_merge.yaml runs/demo/extrapolated --overwrite
+	$(BIN)/python -m benchmarks.demo evaluate
+
+# Takes an hour and a half of one core; what has been done is kept in runs/ and not done again.
+experiment-extra-merge: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.experiment_extra_merge
 
 test: setup
 	$(BIN)/python -m pytest

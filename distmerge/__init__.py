@@ -16,7 +16,7 @@ from distmerge.errors import (
     UserError,
 )
 from distmerge.inspection import Inspection, inspect
-from distmerge.pipeline import MergeResult, Options, merge, plan
+from distmerge.pipeline import MergeResult, Options, merge, plan, report
 from distmerge.planner import Plan
 from distmerge.version import __version__
 
@@ -38,4 +38,5 @@ __all__ = [
     "inspect",
     "merge",
     "plan",
+    "report",
 ]

@@ -17,11 +17,11 @@ from typing import Literal, NamedTuple, NoReturn
 import torch
 
 from distmerge.dist import World
-from distmerge.engine import Step, steps
 from distmerge.errors import OutputError
 from distmerge.planner import Plan
 from distmerge.spec import PAGE
 from distmerge.storage import aligned_buffer
+from distmerge.stream import Step, steps
 from distmerge.threads import Threads
 from distmerge.writer import ShardWriter
 
@@ -32,13 +32,13 @@ _PATIENCE = 3.0
 
 
 class Assembly(NamedTuple):
-    """`owners[shard]` is the rank that makes, completes and hashes a shard."""
+    """`owners[file]` is the rank that makes, completes and hashes that file of Plan.files."""
 
     gather: bool
     owners: tuple[int, ...]
 
     def owned_by(self, rank: int) -> list[int]:
-        return [shard for shard, owner in enumerate(self.owners) if owner == rank]
+        return [file for file, owner in enumerate(self.owners) if owner == rank]
 
 
 def choose(
@@ -55,7 +55,7 @@ def choose(
     if mode == "direct":
         world.together(phase, lambda: _refuse(folder, seen.index(False)))
     hosts = [rank for rank, sees in enumerate(seen) if sees]
-    owners = tuple(hosts[shard % len(hosts)] for shard in range(len(plan.shards)))
+    owners = tuple(hosts[file % len(hosts)] for file in range(len(plan.files)))
     return Assembly(gather=True, owners=owners)
 
 
@@ -81,13 +81,14 @@ def _first_writers(plan: Plan, assignment: Sequence[range]) -> tuple[int, ...]:
     for rank, jobs in reversed(list(enumerate(assignment))):
         for number in reversed(jobs):
             owners[plan.tensors[plan.jobs[number].tensor].shard] = rank
-    return tuple(owners)
+    return tuple(owners * len(plan.outputs))
 
 
 class GatherSink:
-    """An engine.Sink that keeps what belongs to this rank's shards and sends the rest.
+    """An engine.Sink that keeps what belongs to this rank's files and sends the rest.
 
-    Every owner takes the ranks' steps in turn: first all first steps, then all second ones ...
+    Every owner takes the ranks' steps in turn: first all first steps, then all second ones ...,
+    and of each step its outputs in order.
     Each rank sends in that order too, so some sender is always waited for, and none waits in a
     circle.
     """
@@ -95,21 +96,22 @@ class GatherSink:
     def __init__(
         self,
         world: World,
+        plan: Plan,
         owners: Sequence[int],
         writer: ShardWriter,
         rank_steps: Sequence[Iterator[Step]],
     ):
-        self._world, self._owners, self._writer = world, owners, writer
+        self._world, self._plan, self._owners, self._writer = world, plan, owners, writer
         self._pool = Threads(1, "receive")
         self._received: Future[None] = self._pool.submit(self._receive, rank_steps)
 
-    def write(self, shard: int, offset: int, data: torch.Tensor) -> None:
+    def write(self, file: int, offset: int, data: torch.Tensor) -> None:
         if self._received.done():
             self._received.result()  # raises what ended it, before more is computed in vain
-        if self._owners[shard] == self._world.rank:
-            self._writer.write(shard, offset, data)
+        if self._owners[file] == self._world.rank:
+            self._writer.write(file, offset, data)
         else:
-            self._world.send(data, self._owners[shard])
+            self._world.send(data, self._owners[file])
 
     def finish(self) -> None:
         """Return when all that the other ranks owed this one is written."""
@@ -124,13 +126,18 @@ class GatherSink:
             for rank, step in enumerate(turn):
                 if step is None or rank == self._world.rank:
                     continue
-                if self._owners[step.tensor.shard] != self._world.rank:
-                    continue
-                if buffer.numel() < step.write_bytes + PAGE:
-                    buffer = aligned_buffer(step.write_bytes + PAGE, pinned=False)
-                data = buffer[step.offset % PAGE :][: step.write_bytes]
-                self._world.receive(data, rank)
-                self._writer.write(step.tensor.shard, step.offset, data)
+                for file in self._own_files(step):
+                    if buffer.numel() < step.output_bytes + PAGE:
+                        buffer = aligned_buffer(step.output_bytes + PAGE, pinned=False)
+                    data = buffer[step.offset % PAGE :][: step.output_bytes]
+                    self._world.receive(data, rank)
+                    self._writer.write(file, step.offset, data)
+
+    def _own_files(self, step: Step) -> list[int]:
+        """The files of this rank that the step writes to."""
+        outputs = range(len(self._plan.outputs))
+        files = [self._plan.file(number, step.tensor.shard) for number in outputs]
+        return [file for file in files if self._owners[file] == self._world.rank]
 
 
 def all_steps(plan: Plan, assignment: Sequence[range], elements: int) -> list[Iterator[Step]]:

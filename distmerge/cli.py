@@ -1,4 +1,4 @@
-"""The command line: merge, plan, inspect."""
+"""The command line: merge, plan, inspect, report."""
 
 from __future__ import annotations
 
@@ -59,9 +59,10 @@ def cli(local_rank: int | None) -> None:
     torchrun --nproc-per-node=8 -m distmerge merge CONFIG OUT
                                           the same bytes, by eight ranks
     distmerge inspect PATH                what a checkpoint holds
+    distmerge report OUT                  the plots and the page of a merge, made again
 
     CONFIG is a YAML recipe: mergekit's for merge_method: linear, or a trajectory: for
-    merge_method: average.
+    merge_method: average and extra_merge. With sweep: it makes many outputs from one read.
 
     Exit codes: 0 done, 1 failed, 2 a mistake that you can mend (torchrun turns all into 1).
     """
@@ -107,6 +108,9 @@ def merge(
 
     OUT appears when it is complete, and not before. Run it under torchrun, accelerate, deepspeed
     or srun to share the work; the bytes do not depend on the number of ranks.
+
+    A recipe with sweep:, or with a list of steps, makes a checkpoint for each value in a folder of
+    OUT, as OUT/step=0.5. With select:, held-out data choose one of them, and OUT/best leads to it.
     """
     rank = detect(os.environ).rank
     log.configure(rank=rank, verbose=verbose, quiet=quiet)
@@ -161,6 +165,18 @@ def inspect(path: str, as_json: bool) -> None:
     described = distmerge.inspect(path).as_plain()
     text = json.dumps(described, indent=2) if as_json else presentation.inspection_text(described)
     click.echo(text)
+
+
+@cli.command()
+@click.argument("out", type=click.Path())
+def report(out: str) -> None:
+    """Make OUT/report/report.html again, with its plots and numbers, from what a merge left in OUT.
+
+    Shows coefficients, scores, and for extra_merge the trajectory of the checkpoints and how much
+    its direction explains. Needs neither the inputs nor the weights.
+    """
+    log.configure(rank=0, verbose=False, quiet=False)
+    click.echo(distmerge.report(out))
 
 
 class _Terminated(BaseException):

@@ -1,32 +1,31 @@
-"""The recipe: mergekit's YAML for `linear`, our own `trajectory` for `average`. Strict.
+"""The recipe of one output, strict: mergekit's YAML for `linear`, a `trajectory` for the others.
 
-merge_method: linear                 merge_method: average
-models:                              trajectory:
-  - model: path-or-repo[@revision]     checkpoints: runs/x/step-*
-    parameters: {weight: 0.5}          last: 8
-  - ...                                schedule: uniform
-parameters: {normalize: true}        out_dtype: bfloat16
+merge_method: linear                 merge_method: extra_merge
+models:                              trajectory: {checkpoints: runs/x/step-*, window: 8}
+  - model: path-or-repo[@revision]   parameters:
+    parameters: {weight: 0.5}          step: 0.5        # merge intervals, or {span: share}
+  - ...                                direction: principal
+parameters: {normalize: true}          exclude: [lm_head.*]
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import Literal, cast
 
-from distmerge.document import Node, Plain, load
-from distmerge.errors import ConfigError
+from distmerge.document import Node
 from distmerge.parameters import Parameter, parse_parameter
+from distmerge.reference import ModelRef, parse_model
 from distmerge.spec import FLOATS
+from distmerge.trajectory import Trajectory, parse_trajectory
 
-METHODS = ("average", "linear")
+METHODS = ("average", "extra_merge", "linear")
 PARAMETERS = ("weight", "normalize")
-SCHEDULES = ("uniform", "wma", "ema", "wsm", "weights")
-CURVES = ("linear", "minus-sqrt", "cosine")
 
 Missing = Literal["error", "donor", "present"]
 NonFloat = Literal["equal", "donor"]
+Direction = Literal["principal", "secant"]
 
 _LATER = {
     "slices": "slices are not supported yet",
@@ -36,20 +35,9 @@ _LATER = {
     "chat_template": "not supported yet; without it the donor's is copied",
 }
 _KEYS = (
-    "merge_method", "models", "trajectory", "base_model", "parameters",
+    "merge_method", "models", "trajectory", "base_model", "parameters", "sweep", "select",
     "dtype", "out_dtype", "missing", "non_float",
 )  # fmt: skip
-
-
-class ModelRef(NamedTuple):
-    """A folder or a Hub repository, `path[@revision]`; `commit` is what the revision meant."""
-
-    path: str
-    revision: str | None = None
-    commit: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.path}@{self.revision}" if self.revision else self.path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,31 +49,21 @@ class ModelEntry:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Schedule:
-    """How the coefficients run along a trajectory; `numbers` as the kind needs them.
+class Extrapolation:
+    """How far beyond the last merged checkpoint, and which way (methods.extrapolate).
 
-    ema: [a]; wsm: the curve's values, if they are given instead of its name; weights: all of them.
+    `step` counts merge intervals or, with `spans`, whole spans of the merged trajectory. Tensors
+    whose names match a glob pattern of `exclude` stay at the average.
     """
 
-    kind: str = "uniform"
-    curve: str | None = None
-    numbers: tuple[float, ...] = ()
-    reverse: bool = False
-    scramble: int | None = None
-    normalize: bool = False
+    step: float
+    spans: bool = False
+    direction: Direction = "principal"
+    exclude: tuple[str, ...] = ()
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Trajectory:
-    """Checkpoints of one run. `checkpoints` is a glob pattern or a tuple of references."""
-
-    checkpoints: str | tuple[ModelRef, ...]
-    first: int | None = None
-    last: int | None = None
-    from_step: int | None = None
-    to_step: int | None = None
-    min_interval: int | None = None
-    schedule: Schedule = Schedule()
+    def intervals(self, merged: int) -> float:
+        """The step in merge intervals, on a trajectory of `merged` checkpoints."""
+        return self.step * (merged - 1) if self.spans else self.step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,6 +78,7 @@ class Config:
     merge_method: str
     models: tuple[ModelEntry, ...] = ()
     trajectory: Trajectory | None = None
+    extrapolation: Extrapolation | None = None
     base_model: ModelRef | None = None
     parameters: dict[str, Parameter] = field(default_factory=dict)
     dtype: str | None = None
@@ -112,16 +91,8 @@ class Config:
         return self.out_dtype or self.dtype
 
 
-def load_config(
-    source: str | Path | dict[str, Plain], *, overrides: Sequence[str] = (), lenient: bool = False
-) -> Config:
-    """Read a recipe from a YAML file or a mapping.
-
-    `overrides` are `dotted.key=value`; with `lenient`, unknown keys warn instead of failing.
-    Raises ConfigError with file, line and key.
-    """
-    document = source if isinstance(source, dict) else Path(source)
-    root = load(document, overrides=overrides, lenient=lenient)
+def parse_config(root: Node) -> Config:
+    """Check a document (without its `sweep` and `select`). Raises ConfigError with its place."""
     if isinstance(root.value, dict):
         for key in [key for key in _LATER if key in root.value]:
             Node(root.value[key], (key,), root.origin).fail(_LATER[key])
@@ -129,17 +100,20 @@ def load_config(
     if "merge_method" not in keys:
         root.fail(f"merge_method is missing; one of {', '.join(METHODS)}")
     method = keys["merge_method"].choice(METHODS)
-    base_model = _parse_ref(keys["base_model"]) if "base_model" in keys else None
+    linear, extrapolates = method == "linear", method == "extra_merge"
+    base_model = parse_model(keys["base_model"]) if "base_model" in keys else None
     return Config(
         merge_method=method,
-        models=_parse_models(root, keys) if method == "linear" else (),
-        trajectory=_parse_trajectory(root, keys) if method == "average" else None,
+        models=_parse_models(root, keys) if linear else (),
+        trajectory=None if linear else _parse_trajectory(root, keys, method),
+        extrapolation=_parse_extrapolation(root, keys) if extrapolates else None,
         base_model=base_model,
-        parameters=_parse_parameters(keys.get("parameters"), PARAMETERS),
+        parameters=_parse_parameters(keys.get("parameters"), PARAMETERS) if linear else {},
         dtype=_parse_dtype(keys.get("dtype")),
         out_dtype=_parse_dtype(keys.get("out_dtype")),
-        missing=cast(Missing, _choice(keys, "missing", ("error", "donor", "present"),
-                                      "donor" if base_model else "error")),
+        missing=cast(Missing, _choice(
+            keys, "missing", ("error", "donor") if extrapolates else ("error", "donor", "present"),
+            "donor" if base_model else "error")),
         non_float=cast(NonFloat, _choice(keys, "non_float", ("equal", "donor"), "equal")),
     )  # fmt: skip
 
@@ -157,65 +131,23 @@ def _parse_dtype(node: Node | None) -> str | None:
     return name
 
 
-def _parse_ref(node: Node) -> ModelRef:
-    """'path', 'path@revision', or mergekit's {model: {path, revision}}."""
-    if isinstance(node.value, dict):
-        fields = node.mapping(("model",))
-        if "model" not in fields:
-            node.fail("expected {model: {path: ..., revision: ...}}")
-        inner = fields["model"].mapping(("path", "revision"))
-        if "path" not in inner:
-            fields["model"].fail("path is missing")
-        return ModelRef(
-            inner["path"].text(), inner["revision"].text() if "revision" in inner else None
-        )
-    try:
-        return parse_reference(node.text())
-    except ConfigError as error:
-        node.fail(str(error))
-
-
-def as_path(text: str) -> Path:
-    """`text` as a path, with ~ expanded. Raises ConfigError where it can't be one."""
-    try:
-        path = Path(text).expanduser()
-        path.exists()
-        path.resolve()
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{text[:60]!r} can't be a path: {reason}") from error
-    return path
-
-
-def parse_reference(text: str) -> ModelRef:
-    """The model that 'path' or 'path@revision' names. Raises ConfigError."""
-    if as_path(text).exists():
-        return ModelRef(text)
-    if "+" in text:
-        raise ConfigError(f"{text}: LoRA adapters (model+adapter) are not supported yet")
-    path, at, revision = text.partition("@")
-    if at and ("@" in revision or not revision or not path):
-        raise ConfigError(f"expected path or path@revision; got {text!r}")
-    return ModelRef(path, revision or None)
-
-
 def _parse_models(root: Node, keys: dict[str, Node]) -> tuple[ModelEntry, ...]:
     if "models" not in keys:
         root.fail("merge_method: linear needs models:")
     if "trajectory" in keys:
         keys["trajectory"].fail("it belongs to merge_method: average; linear takes models:")
-    entries = tuple(_parse_model(node) for node in keys["models"].items())
+    entries = tuple(_parse_entry(node) for node in keys["models"].items())
     if not entries:
         keys["models"].fail("no model is listed")
     return entries
 
 
-def _parse_model(node: Node) -> ModelEntry:
+def _parse_entry(node: Node) -> ModelEntry:
     fields = node.mapping(("model", "parameters"))
     if "model" not in fields:
         node.fail("model is missing")
     parameters = _parse_parameters(fields.get("parameters"), ("weight",))
-    return ModelEntry(model=_parse_ref(fields["model"]), parameters=parameters)
+    return ModelEntry(model=parse_model(fields["model"]), parameters=parameters)
 
 
 def _parse_parameters(node: Node | None, known: Sequence[str]) -> dict[str, Parameter]:
@@ -224,67 +156,32 @@ def _parse_parameters(node: Node | None, known: Sequence[str]) -> dict[str, Para
     return {key: parse_parameter(value) for key, value in node.mapping(known).items()}
 
 
-def _parse_trajectory(root: Node, keys: dict[str, Node]) -> Trajectory:
+def _parse_trajectory(root: Node, keys: dict[str, Node], method: str) -> Trajectory:
     if "trajectory" not in keys:
-        root.fail("merge_method: average needs trajectory:")
-    for key in ("models", "parameters"):
+        root.fail(f"merge_method: {method} needs trajectory:")
+    for key in ("models", "parameters") if method == "average" else ("models",):
         if key in keys:
-            keys[key].fail("belongs to merge_method: linear; average takes trajectory:")
-    counts = ("first", "last", "from_step", "to_step", "min_interval")
-    node = keys["trajectory"]
-    fields = node.mapping(("checkpoints", *counts, "schedule", "reverse", "scramble", "normalize"))
-    if "checkpoints" not in fields:
-        node.fail("checkpoints is missing: a list, a glob pattern, or {repo, revisions}")
-    if "first" in fields and "last" in fields:
-        fields["first"].fail("first and last can't both be given")
-    minimum = {"from_step": 0, "to_step": 0}
-    numbers = {k: fields[k].integer(minimum=minimum.get(k, 1)) for k in counts if k in fields}
-    return Trajectory(
-        checkpoints=_parse_checkpoints(fields["checkpoints"]),
-        schedule=_parse_schedule(fields),
-        **numbers,
+            keys[key].fail(f"belongs to merge_method: linear; {method} takes trajectory:")
+    return parse_trajectory(keys["trajectory"], windowed=method == "extra_merge")
+
+
+def _parse_extrapolation(root: Node, keys: dict[str, Node]) -> Extrapolation:
+    node = keys.get("parameters", Node({}, ("parameters",), root.origin))
+    fields = node.mapping(("step", "direction", "exclude"))
+    if "step" not in fields:
+        node.fail(
+            "step is missing: merge intervals beyond the last merged checkpoint, a number or a "
+            "list (with select:, held-out data choose), or {span: share}"
+        )
+    spans = isinstance(fields["step"].value, dict)
+    step = fields["step"].mapping(("span",)).get("span") if spans else fields["step"]
+    if step is None:
+        fields["step"].fail("expected a number, a list of numbers, or {span: number or list}")
+    patterns = [item.text() for item in fields["exclude"].items()] if "exclude" in fields else []
+    direction = _choice(fields, "direction", ("principal", "secant"), "principal")
+    return Extrapolation(
+        step=step.number(),
+        spans=spans,
+        direction=cast(Direction, direction),
+        exclude=tuple(patterns),
     )
-
-
-def _parse_checkpoints(node: Node) -> str | tuple[ModelRef, ...]:
-    if isinstance(node.value, str):
-        return node.text()
-    if isinstance(node.value, dict):
-        fields = node.mapping(("repo", "revisions"))
-        if len(fields) < 2:
-            node.fail("expected {repo: name, revisions: [...]}")
-        repo = fields["repo"].text()
-        return tuple(ModelRef(repo, revision.text()) for revision in fields["revisions"].items())
-    return tuple(_parse_ref(item) for item in node.items())
-
-
-def _parse_schedule(fields: dict[str, Node]) -> Schedule:
-    node = fields.get("schedule")
-    kind, curve, numbers = _parse_kind(node) if node else ("uniform", None, ())
-    return Schedule(
-        kind=kind,
-        curve=curve,
-        numbers=numbers,
-        reverse=fields["reverse"].boolean() if "reverse" in fields else False,
-        scramble=fields["scramble"].integer(minimum=0) if "scramble" in fields else None,
-        normalize=fields["normalize"].boolean() if "normalize" in fields else False,
-    )
-
-
-def _parse_kind(node: Node) -> tuple[str, str | None, tuple[float, ...]]:
-    if not isinstance(node.value, dict):
-        kind = node.choice(SCHEDULES)
-        if kind not in ("uniform", "wma"):
-            node.fail(f"{kind} needs a value: write schedule: {{{kind}: ...}}")
-        return kind, None, ()
-    given = node.mapping(("ema", "wsm", "weights"))
-    if len(given) != 1:
-        node.fail("expected one of ema, wsm, weights")
-    kind, value = next(iter(given.items()))
-    if kind == "wsm" and not isinstance(value.value, list):
-        return kind, value.choice(CURVES), ()
-    if kind == "ema":
-        if not 0 < value.number() <= 1:
-            value.fail(f"expected a number over 0 and up to 1; got {value.value}")
-        return kind, None, (value.number(),)
-    return kind, None, tuple(item.number() for item in value.items())

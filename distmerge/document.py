@@ -208,21 +208,29 @@ def _override(root: Plain, override: str, origin: Origin) -> Plain:
             f"--set {override}: write --set key=value, for example --set trajectory.last=4"
         )
     value = _parse(text, Origin(f"--set {override}", {}, lenient=False))
-    path: PathTo = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+    path = dotted(key)
     for known in [p for p in origin.lines if p[: len(path)] == path]:
         del origin.lines[known]
     origin.lines[path] = " --set"
-    return _replaced(root, path, value, override)
+    return replaced(root, path, value, f"--set {override}")
 
 
-def _replaced(node: Plain, path: PathTo, value: Plain, override: str) -> Plain:
-    """A copy of `node` with `value` at `path`; missing mappings on the way are made."""
+def dotted(key: str) -> PathTo:
+    """The path of 'models.0.parameters.weight'."""
+    return tuple(int(part) if part.isdigit() else part for part in key.split("."))
+
+
+def replaced(node: Plain, path: PathTo, value: Plain, what: str) -> Plain:
+    """A copy of `node` with `value` at `path`; missing mappings on the way are made.
+
+    Raises ConfigError, which begins with `what`, where `path` leads through something else.
+    """
     if not path:
         return value
     head, rest = path[0], path[1:]
     if isinstance(node, list) and isinstance(head, int) and head < len(node):
-        return [_replaced(n, rest, value, override) if i == head else n for i, n in enumerate(node)]
+        return [replaced(n, rest, value, what) if i == head else n for i, n in enumerate(node)]
     if node is None or isinstance(node, dict):
         old = node or {}
-        return {**old, str(head): _replaced(old.get(str(head)), rest, value, override)}
-    raise ConfigError(f"--set {override}: there is nothing to set at {head!r}")
+        return {**old, str(head): replaced(old.get(str(head)), rest, value, what)}
+    raise ConfigError(f"{what}: there is nothing to set at {head!r}")

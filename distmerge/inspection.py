@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from distmerge.config import as_path
 from distmerge.document import Plain
+from distmerge.reference import as_path
 from distmerge.sources.checkpoint import Checkpoint, open_file
 from distmerge.sources.resolve import open_reference
 

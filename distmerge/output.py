@@ -7,7 +7,8 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import huggingface_hub
@@ -17,12 +18,15 @@ import torch
 from distmerge.document import Plain
 from distmerge.errors import OutputError
 from distmerge.log import format_bytes
-from distmerge.planner import FORMAT, Plan
+from distmerge.planner import FORMAT, Plan, output_terms
 from distmerge.sources.checkpoint import INDEX, Checkpoint
 from distmerge.sources.sidecars import config_with_dtype, sidecars
 from distmerge.version import __version__
 
 MANIFEST = "distmerge.json"
+OUTPUTS = "outputs"
+"""In the manifest of a sweep: the folders of its outputs, each with a manifest of its own."""
+
 _SPARE = 64 * 2**20
 """Bytes beyond the shards that must be free: tokenizer, index, file system."""
 
@@ -64,6 +68,8 @@ def create_folder(out: Path, plan: Plan, token: str) -> Path:
                 f"{out.parent}: {format_bytes(needed)} are needed, {format_bytes(free)} are free"
             )
         temporary.mkdir()
+        for output in plan.outputs:
+            (temporary / output.name).mkdir(exist_ok=True)
     except OSError as error:
         raise OutputError(f"{out.parent}: can't be written: {error.strerror}") from error
     return temporary
@@ -80,7 +86,8 @@ def leftovers(out: Path) -> list[Path]:
 
 
 def write_sidecars(temporary: Path, plan: Plan, *, cast: bool) -> dict[str, Plain]:
-    """Copy the donor's config, tokenizer and code; returns their sizes and hashes by name.
+    """Copy the donor's config, tokenizer and code into every output; returns their sizes and
+    hashes by name.
 
     `cast` says that the recipe set an output dtype. Raises SourceError for a damaged config.json.
     """
@@ -91,25 +98,45 @@ def write_sidecars(temporary: Path, plan: Plan, *, cast: bool) -> dict[str, Plai
             content = config_with_dtype(donor / name, plan.main_dtype, everywhere=cast)
         else:
             content = (donor / name).read_bytes()
-        files[str(name)] = _write(temporary / name, content)
+        for output in plan.outputs:
+            folder = temporary / output.name
+            for parent in reversed(name.parents[:-1]):
+                (folder / parent).mkdir(exist_ok=True)
+            files[str(name)] = _write(folder / name, content)
     return files
 
 
-def complete(temporary: Path, plan: Plan, files: Mapping[str, Plain], recipe: Plain) -> None:
-    """Add the manifest and, last, the index, without which nothing loads.
+def complete(
+    temporary: Path,
+    plan: Plan,
+    files: Mapping[str, Plain],
+    shards: Sequence[Plain],
+    recipes: Sequence[Plain],
+) -> None:
+    """Add the manifests and, last in each output, the index, without which nothing loads.
 
-    `files` describes the shards and what else is there, by name.
+    `files` describes, by name, what stands in every output beside the shards, `shards` the files
+    of the plan in order, `recipes` how each output came about.
     """
+    for number, output in enumerate(plan.outputs):
+        first = plan.file(number, 0)
+        named = {shard.name: shards[first + n] for n, shard in enumerate(plan.shards)}
+        _complete_one(temporary / output.name, plan, number, {**files, **named}, recipes[number])
+    if len(plan.outputs) > 1:
+        names: list[Plain] = [output.name for output in plan.outputs]
+        _write_json(temporary / MANIFEST, {"format": FORMAT, "plan": plan.digest, OUTPUTS: names})
+    _sync_folder(temporary)
+
+
+def _complete_one(
+    folder: Path, plan: Plan, number: int, files: Mapping[str, Plain], recipe: Plain
+) -> None:
     index = plan.index
     indexed = {} if index is None else {INDEX: described(_sha256(index), len(index))}
-    manifest = _manifest(plan, recipe, {**files, **indexed})
-    _write(
-        temporary / MANIFEST,
-        (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode(),
-    )
+    _write_json(folder / MANIFEST, _manifest(plan, number, recipe, {**files, **indexed}))
     if index is not None:
-        _write(temporary / INDEX, index)
-    _sync_folder(temporary)
+        _write(folder / INDEX, index)
+    _sync_folder(folder)
 
 
 def described(sha256: str, num_bytes: int) -> dict[str, Plain]:
@@ -121,15 +148,19 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _manifest(plan: Plan, recipe: Plain, files: Mapping[str, Plain]) -> dict[str, Plain]:
-    """Nothing that changes from run to run: the same merge gives the same manifest."""
+def _manifest(
+    plan: Plan, number: int, recipe: Plain, files: Mapping[str, Plain]
+) -> dict[str, Plain]:
+    """Nothing that changes from run to run, and nothing of the other outputs: the same merge gives
+    the same manifest."""
+    output = plan.outputs[number]
     return {
         "format": FORMAT,
         "recipe": recipe,
-        "coefficients": _coefficients(plan),
-        "inputs": [_input(checkpoint) for checkpoint in plan.inputs],
-        "donor": plan.donor,
-        "plan": plan.digest,
+        "coefficients": _coefficients(plan, number),
+        "inputs": [_input(plan.inputs[i]) for i in output.inputs],
+        "donor": output.inputs.index(plan.donor),
+        "plan": output.digest,
         "versions": versions(),
         "files": dict(sorted(files.items())),
     }
@@ -146,24 +177,21 @@ def _input(checkpoint: Checkpoint) -> dict[str, Plain]:
     }
 
 
-def _coefficients(plan: Plan) -> list[Plain]:
+def _coefficients(plan: Plan, number: int) -> list[Plain]:
     """Each distinct set of coefficients, by input, with the tensors that it holds for.
 
     The most frequent set stands first and for all tensors that no other set names.
     """
-    groups: dict[tuple[tuple[int, ...], tuple[float, ...]], list[Plain]] = {}
+    groups: dict[tuple[tuple[int, float], ...], list[Plain]] = {}
+    terms = cache(lambda rule: tuple(output_terms(rule, number).items()))
     for tensor in plan.tensors:
         if tensor.rule.kind == "sum":
-            groups.setdefault((tensor.rule.inputs, tensor.rule.coefficients), []).append(
-                tensor.name
-            )
-    ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
+            groups.setdefault(terms(tensor.rule), []).append(tensor.name)
+    place = {i: n for n, i in enumerate(plan.outputs[number].inputs)}
     listed: list[Plain] = []
-    for number, ((inputs, values), names) in enumerate(ordered):
-        by_input: dict[str, Plain] = {
-            str(i): value for i, value in zip(inputs, values, strict=True)
-        }
-        listed.append({"by_input": by_input, "tensors": names if number else "all others"})
+    for group, names in sorted(groups.items(), key=lambda entry: -len(entry[1])):
+        by_input: dict[str, Plain] = {str(place[i]): value for i, value in group}
+        listed.append({"by_input": by_input, "tensors": names if listed else "all others"})
     return listed
 
 
@@ -191,12 +219,29 @@ def rename(temporary: Path, out: Path) -> None:
 
 
 def _write(path: Path, content: bytes) -> dict[str, Plain]:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("xb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     return described(_sha256(content), len(content))
+
+
+def replace_text(path: Path, content: str) -> None:
+    """Write a file that people may be reading: the old one stands until the new one is whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(content, encoding="utf-8")
+    temporary.replace(path)
+
+
+def replace_link(path: Path, target: str) -> None:
+    """Let the link `path` lead to `target` beside it, whatever it led to before."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.symlink_to(target, target_is_directory=True)
+    temporary.replace(path)
+
+
+def _write_json(path: Path, content: Mapping[str, Plain]) -> dict[str, Plain]:
+    return _write(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _sync_folder(folder: Path) -> None:

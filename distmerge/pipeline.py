@@ -1,39 +1,43 @@
-"""The story of a merge: recipe, sources, plan, agreement, merge pass, finish."""
+"""The story of a merge: recipe, sources, plan, agreement, the passes, finish, choice, report."""
 
 from __future__ import annotations
 
 import secrets
-import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from distmerge import output
-from distmerge.assembly import AssembleMode, Assembly, GatherSink, all_steps, choose
-from distmerge.config import as_path, load_config
+from distmerge import gram as grams
+from distmerge import output, trend
+from distmerge import report as reports
+from distmerge.assembly import AssembleMode
 from distmerge.dist import World, join
 from distmerge.document import Plain
-from distmerge.engine import Engine, Outcome, single_threaded
-from distmerge.errors import OutputError
-from distmerge.log import LOGGER, Progress, parse_bytes
-from distmerge.planner import DEFAULT_MEMORY, Plan, assign, build_plan, step_elements
+from distmerge.errors import ConfigError, OutputError
+from distmerge.evaluation import measure_all
+from distmerge.gram import Gram
+from distmerge.log import LOGGER, parse_bytes
+from distmerge.passes import Done, Means, merge_pass, statistic_pass
+from distmerge.planner import Plan, build_plan, solved
+from distmerge.reference import as_path
 from distmerge.resolved import as_recipe
-from distmerge.sources.reader import Inputs, ReadMode
-from distmerge.sources.resolve import open_sources, pinned
-from distmerge.storage import free_memory, peak_memory
-from distmerge.writer import ShardWriter, create_shards
+from distmerge.scoring import scores
+from distmerge.selection import check
+from distmerge.sources.reader import ReadMode
+from distmerge.sources.resolve import Sources, open_sources, pinned
+from distmerge.storage import peak_memory
+from distmerge.stream import single_threaded
+from distmerge.sweep import Recipe, load_recipe
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
-Recipe = str | Path | dict[str, Plain]
+Document = str | Path | dict[str, Plain]
 
 DEFAULT_SHARD = "5GB"
-MEMORY_SHARE = 0.5
-"""Of a host's free memory, what its ranks together take at most where --memory does not say."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,35 +62,33 @@ class Options:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MergeResult:
     """What a merge did. Bytes are those of all ranks; `seconds` is wall time, `pass_seconds` that
-    of reading, computing, writing and syncing the tensors; `peak_memory` is the largest resident
-    set, in bytes, of any rank; `nonfinite` counts NaN and Inf, where they were allowed."""
+    of reading, computing, writing and syncing the tensors, `statistic_seconds` that of the pass
+    before it (0 without one); `peak_memory` is the largest resident set, in bytes, of any rank;
+    `nonfinite` counts NaN and Inf, where they were allowed.
+
+    `outputs` are the folders in OUT ('' for OUT itself); `scores` is what the selection found, and
+    `report` the page that shows it all, where there are any.
+    """
 
     out: Path
     digest: str
     ranks: int
     tensors: int
     shards: int
+    outputs: tuple[str, ...]
     read_bytes: int
     written_bytes: int
     nonfinite: int
     seconds: float
     pass_seconds: float
+    statistic_seconds: float
     peak_memory: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """What the stages of one merge share."""
-
-    world: World
-    plan: Plan
-    folder: Path
-    options: Options
-    device: torch.device
+    scores: dict[str, Any] | None = None
+    report: Path | None = None
 
 
 def merge(
-    config: Recipe,
+    config: Document,
     out: str | Path,
     *,
     overrides: Sequence[str] = (),
@@ -97,7 +99,8 @@ def merge(
 
     `config` is a YAML file or the same as a mapping; `overrides` are 'dotted.key=value'. Call it
     on every rank that a launcher started, or in one process alone. On return `out` is complete
-    and on the disk; after an error there is nothing at `out`, or what was there before.
+    and on the disk; after an error there is nothing at `out`, or what was there before. Only an
+    error of the choice among finished outputs (`select:`) leaves them.
 
     Raises ConfigError, SourceError, MismatchError, NonFiniteError or OutputError for what the
     user can mend; RunError for what failed; PeerError on ranks that stopped for another's sake.
@@ -108,65 +111,84 @@ def merge(
     use_cuda = _wants_cuda(options.device)
     with join(use_cuda=use_cuda) as world:
         recipe = world.on_first(
-            "read the recipe",
-            lambda: pinned(load_config(config, overrides=overrides, lenient=lenient)),
+            "read the recipe", lambda: _read(config, overrides=overrides, lenient=lenient)
         )
         sources = world.node_first(
             "open the inputs", lambda local_only: open_sources(recipe, local_only=local_only)
         )
         plan = world.together("plan", lambda: build_plan(recipe, sources, shard_bytes=shard_bytes))
         world.agree("plan", "plan", plan.digest)
+        means = _means(world, options, use_cuda=use_cuda)
         with _temporary_folder(world, target, plan, options) as folder:
-            cast = recipe.output_dtype is not None
+            cast = recipe.shared.output_dtype is not None
             beside = world.on_first(
                 "copy the donor's files", lambda: output.write_sidecars(folder, plan, cast=cast)
             )
-            run = _Run(world, plan, folder, options, _device(world, use_cuda=use_cuda))
-            outcomes, digests, seconds = _merge_pass(run)
-            carried_out = as_recipe(recipe, sources.coefficients)
+            plan, statistic = _find_coefficients(world, recipe, plan, means, (target, folder))
+            done = merge_pass(world, plan, means, folder)
+            recipes = _carried_out(recipe, sources)
             world.on_first(
                 "finish the output",
-                lambda: output.complete(folder, plan, {**beside, **digests}, carried_out),
+                lambda: output.complete(folder, plan, beside, done.shards, recipes),
             )
             # A phase of its own: it begins when every rank has come so far.
             world.on_first("rename the output", lambda: output.rename(folder, target))
+        found = _choose(world, recipe, target)
+        page = world.on_first("report", lambda: _report(recipe, target))
         peaks = world.gather("end", peak_memory)
-    return _result(target, plan, outcomes, peaks, (time.monotonic() - started, seconds))
-
-
-def _result(
-    out: Path,
-    plan: Plan,
-    outcomes: Sequence[Outcome],
-    peaks: Sequence[int],
-    seconds: tuple[float, float],
-) -> MergeResult:
     return MergeResult(
-        out=out,
+        out=target,
         digest=plan.digest,
         ranks=len(peaks),
         tensors=len(plan.tensors),
         shards=len(plan.shards),
-        read_bytes=sum(outcome.read_bytes for outcome in outcomes),
+        outputs=tuple(made.name for made in plan.outputs),
+        read_bytes=statistic.read_bytes + done.read_bytes,
         written_bytes=plan.output_bytes,
-        nonfinite=sum(outcome.nonfinite for outcome in outcomes),
-        seconds=seconds[0],
-        pass_seconds=seconds[1],
+        nonfinite=done.nonfinite,
+        seconds=time.monotonic() - started,
+        pass_seconds=done.seconds,
+        statistic_seconds=statistic.seconds,
         peak_memory=max(peaks),
+        scores=found,
+        report=page,
     )
 
 
 def plan(
-    config: Recipe,
+    config: Document,
     *,
     overrides: Sequence[str] = (),
     lenient: bool = False,
     shard_size: str = DEFAULT_SHARD,
 ) -> Plan:
     """The plan of a merge, from the headers of its inputs alone. Raises what `merge` raises."""
-    recipe = pinned(load_config(config, overrides=overrides, lenient=lenient))
+    recipe = _read(config, overrides=overrides, lenient=lenient)
     sources = open_sources(recipe, local_only=False)
     return build_plan(recipe, sources, shard_bytes=parse_bytes(shard_size))
+
+
+def report(out: str | Path) -> Path:
+    """Make the report of the merge in `out` again; returns its page. Raises OutputError."""
+    return reports.make(as_path(str(out)))
+
+
+def _read(config: Document, *, overrides: Sequence[str], lenient: bool) -> Recipe:
+    recipe = pinned(load_recipe(config, overrides=overrides, lenient=lenient))
+    if recipe.selection is not None:
+        check(recipe.selection)
+    return recipe
+
+
+def _means(world: World, options: Options, *, use_cuda: bool) -> Means:
+    return Means(
+        device=_device(world, use_cuda=use_cuda),
+        memory=options.memory,
+        read=options.read,
+        assemble=options.assemble,
+        allow_nonfinite=options.allow_nonfinite,
+        shown=options.progress,
+    )
 
 
 def _device(world: World, *, use_cuda: bool) -> torch.device:
@@ -199,67 +221,73 @@ def _temporary_folder(world: World, target: Path, plan: Plan, options: Options) 
         raise
 
 
-def _merge_pass(run: _Run) -> tuple[list[Outcome], dict[str, Plain], float]:
-    """Every tensor of the output, on the disk: what the ranks did, the shards' hashes, seconds."""
-    started = time.monotonic()
-    world, plan = run.world, run.plan
-    elements = _agreed_elements(run)
-    assignment = assign(plan, world.size)
-    where = choose(world, plan, assignment, run.folder, run.options.assemble)
-    own = where.owned_by(world.rank)
-    with closing(ShardWriter(run.folder, plan.shards)) as writer:
-        world.together("create the shards", lambda: create_shards(run.folder, plan.shards, own))
-        outcomes = world.gather(
-            "merge", lambda: _run_jobs(run, where, assignment, elements, writer)
-        )
-        world.together("sync the shards", writer.sync)
-        digests = world.gather("check the shards", lambda: writer.digests(own))
-    shards: dict[str, Plain] = {
-        plan.shards[number].name: output.described(digest, plan.shards[number].size)
-        for part in digests
-        for number, digest in part.items()
-    }
-    return outcomes, shards, time.monotonic() - started
+def _find_coefficients(
+    world: World, recipe: Recipe, plan: Plan, means: Means, places: tuple[Path, Path]
+) -> tuple[Plan, Done]:
+    """The plan with all coefficients, found by a statistic pass where the recipe needs one."""
+    target, folder = places
+    if recipe.shared.extrapolation is None:
+        return plan, Done(read_bytes=0, seconds=0.0)
+    kept = world.on_first("look for a statistic", lambda: _kept(target, plan))
+    gram, done = kept, Done(read_bytes=0, seconds=0.0)
+    if gram is None:
+        gram, done = statistic_pass(world, plan, means)
+    rows = world.on_first("solve", lambda: _solve(recipe, plan, gram))
+    world.on_first("keep the statistic", lambda: _keep(target, folder, plan, gram))
+    return solved(plan, rows), done
 
 
-def _agreed_elements(run: _Run) -> int:
-    """How much of a job every rank holds at once: the same everywhere, for the tightest host."""
-    world, memory = run.world, run.options.memory
-    hosts = world.gather("look for memory", lambda: (socket.gethostname(), free_memory()))
-
-    def within_budget() -> int:
-        if memory is not None:
-            return step_elements(run.plan, parse_bytes(memory))
-        names = [name for name, _ in hosts]
-        budgets = [int(MEMORY_SHARE * free / names.count(name)) for name, free in hosts]
-        return step_elements(run.plan, min(DEFAULT_MEMORY, *budgets))
-
-    return world.together("look for memory", within_budget)
+def _kept(target: Path, plan: Plan) -> Gram | None:
+    if not plan.trend_jobs:
+        raise ConfigError("parameters.exclude: no tensor is left to extrapolate")
+    path = grams.cache_path(target, plan)
+    if (found := grams.cached(path)) is not None:
+        LOGGER.info("statistic: known from %s; the inputs are read once", path)
+    return found
 
 
-def _run_jobs(
-    run: _Run, where: Assembly, assignment: list[range], elements: int, writer: ShardWriter
-) -> Outcome:
-    """This rank's jobs, with progress over all ranks."""
-    world, plan = run.world, run.plan
-    total = sum(plan.read_bytes(job) + plan.write_bytes(job) for job in plan.jobs)
-    engine = Engine(
-        plan,
-        elements=elements,
-        device=run.device,
-        allow_nonfinite=run.options.allow_nonfinite,
-    )
-    shown = run.options.progress and world.rank == 0
-    with (
-        single_threaded(),
-        closing(Inputs(plan.inputs, run.options.read)) as inputs,
-        Progress("merge", total, shown=shown) as progress,
-        world.monitor.showing(progress),
-    ):
-        if not where.gather:
-            return engine.run(assignment[world.rank], inputs, writer, world)
-        theirs = all_steps(plan, assignment, elements)
-        with closing(GatherSink(world, where.owners, writer, theirs)) as sink:
-            outcome = engine.run(assignment[world.rank], inputs, sink, world)
-            sink.finish()
-        return outcome
+def _solve(recipe: Recipe, plan: Plan, gram: Gram) -> list[Sequence[float]]:
+    configs = [variant.config for variant in recipe.variants]
+    labels = [plan.inputs[i].label for i in range(len(gram.matrix))]
+    with single_threaded():
+        trends = trend.find_trends(configs, gram.matrix, labels)
+        trend.warn_of_noise(trends)
+        return trend.coefficients(configs, trends)
+
+
+def _keep(target: Path, folder: Path, plan: Plan, gram: Gram) -> None:
+    grams.keep(gram, [folder / reports.FOLDER / reports.GRAM, grams.cache_path(target, plan)])
+
+
+def _carried_out(recipe: Recipe, sources: Sources) -> list[Plain]:
+    recipes: list[Plain] = []
+    for number, variant in enumerate(recipe.variants):
+        row = sources.rows[number] if sources.rows else ()
+        recipes.append(as_recipe(variant.config, [w for w in row if w is not None]))
+    return recipes
+
+
+def _choose(world: World, recipe: Recipe, target: Path) -> dict[str, Any] | None:
+    """Measure the outputs, link the best as OUT/best; the scores, None where nothing is chosen."""
+    selection = recipe.selection
+    if selection is None:
+        return None
+    order = [recipe.baseline, *(i for i in range(len(recipe.variants)) if i != recipe.baseline)]
+    candidates = [recipe.variants[i] for i in order]
+    with single_threaded():
+        measured = measure_all(world, selection, [target / c.name for c in candidates])
+
+    def conclude() -> dict[str, Any]:
+        names, values = [c.name for c in candidates], [c.values for c in candidates]
+        found = scores(selection, names, values, measured)
+        reports.keep_scores(target, found)
+        return found
+
+    return world.on_first("choose", conclude)
+
+
+def _report(recipe: Recipe, target: Path) -> Path | None:
+    """The page, where there is a direction or a choice to show."""
+    if recipe.shared.extrapolation is None and recipe.selection is None:
+        return None
+    return reports.make(target)

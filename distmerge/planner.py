@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import NamedTuple
 
 from distmerge import collector
 from distmerge.config import Config
 from distmerge.errors import OutputError
 from distmerge.layout import index_json, lay_out
 from distmerge.log import format_bytes
-from distmerge.rules import contents
+from distmerge.rules import contents, nonzero, sum_rule
 from distmerge.sources.checkpoint import Checkpoint
 from distmerge.sources.resolve import Sources
 from distmerge.spec import (
@@ -26,7 +27,9 @@ from distmerge.spec import (
     Job,
     OutputShard,
     OutputTensor,
+    Rule,
 )  # fmt: skip
+from distmerge.sweep import Recipe
 
 FORMAT = 1
 """Goes up whenever the same recipe and inputs would give other bytes."""
@@ -38,15 +41,29 @@ SLOTS = 3
 """Jobs of one rank that are under way at once: one read, one computed, one written."""
 
 
+class Output(NamedTuple):
+    """One checkpoint that the run writes.
+
+    `name` is its folder in OUT, '' for OUT itself; `inputs` are the positions of the inputs that
+    its recipe names; `digest` is that of the plan which makes this output alone.
+    """
+
+    name: str
+    inputs: tuple[int, ...]
+    digest: str
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """All that the ranks agree on. `digest` covers everything but time stamps and folders.
 
-    `widths` are the bytes that one element of each tensor takes in all its inputs and the output.
+    Every output has the same tensors in the same `shards`. `widths` are the bytes that one element
+    of each tensor takes in all its inputs and outputs.
     """
 
     inputs: tuple[Checkpoint, ...]
     donor: int
+    outputs: tuple[Output, ...]
     tensors: tuple[OutputTensor, ...]
     shards: tuple[OutputShard, ...]
     jobs: tuple[Job, ...]
@@ -55,7 +72,20 @@ class Plan:
 
     @property
     def output_bytes(self) -> int:
-        return sum(shard.size for shard in self.shards)
+        return len(self.outputs) * sum(shard.size for shard in self.shards)
+
+    @property
+    def files(self) -> tuple[OutputShard, ...]:
+        """The shards of all outputs, named from OUT; see `file`."""
+        return tuple(
+            shard._replace(name=f"{output.name}/{shard.name}") if output.name else shard
+            for output in self.outputs
+            for shard in self.shards
+        )
+
+    def file(self, output: int, shard: int) -> int:
+        """The position of an output's shard in `files`."""
+        return output * len(self.shards) + shard
 
     @property
     def index(self) -> bytes | None:
@@ -71,37 +101,68 @@ class Plan:
                 totals[name] = totals.get(name, 0) + tensor.elements * tensor.dtype.itemsize
         return max(totals, key=totals.__getitem__, default=None)
 
+    @property
+    def trend_jobs(self) -> list[int]:
+        """The jobs of the statistic pass: those whose coefficients are still to be found."""
+        return [
+            n for n, job in enumerate(self.jobs) if self.tensors[job.tensor].rule.kind == "trend"
+        ]
+
     def read_bytes(self, job: Job) -> int:
         """Bytes of all inputs that `job` reads."""
         return (job.stop - job.start) * self.widths[job.tensor] - self.write_bytes(job)
 
     def write_bytes(self, job: Job) -> int:
-        return (job.stop - job.start) * self.tensors[job.tensor].dtype.itemsize
+        """Bytes of all outputs that `job` writes."""
+        itemsize = self.tensors[job.tensor].dtype.itemsize
+        return (job.stop - job.start) * itemsize * len(self.outputs)
 
 
 @collector.paused()
-def build_plan(config: Config, sources: Sources, *, shard_bytes: int) -> Plan:
-    """Lay out the output and cut it into jobs.
+def build_plan(recipe: Recipe, sources: Sources, *, shard_bytes: int) -> Plan:
+    """Lay out the outputs and cut them into jobs.
 
     Raises MismatchError or ConfigError (see rules.contents).
     """
-    tensors, shards = lay_out(contents(config, sources), shard_bytes)
+    tensors, shards = lay_out(contents(recipe, sources), shard_bytes)
+    outputs = tuple(
+        Output(variant.name, inputs, _digest(variant.config, sources, number, tensors, shards))
+        for number, (variant, inputs) in enumerate(
+            zip(recipe.variants, sources.inputs, strict=True)
+        )
+    )
     return Plan(
         inputs=sources.checkpoints,
         donor=sources.donor,
+        outputs=outputs,
         tensors=tuple(tensors),
         shards=tuple(shards),
         jobs=tuple(_cut(tensors)),
-        widths=tuple(_width(sources, tensor) for tensor in tensors),
-        digest=_digest(sources, tensors, shards),
+        widths=_widths(sources.checkpoints, tensors, len(outputs)),
+        digest=outputs[0].digest if len(outputs) == 1 else _joint_digest(outputs),
     )
 
 
-def _width(sources: Sources, tensor: OutputTensor) -> int:
-    width = tensor.dtype.itemsize
-    for i in tensor.rule.inputs:
-        width += sources.checkpoints[i].tensors[tensor.name].dtype.itemsize
-    return width
+@collector.paused()
+def solved(plan: Plan, rows: Sequence[Sequence[float]]) -> Plan:
+    """`plan` with the coefficients that the statistic pass has found, for each output a row."""
+    rules: dict[Rule, Rule] = {}
+    for rule in {tensor.rule: None for tensor in plan.tensors if tensor.rule.kind == "trend"}:
+        terms = [nonzero(dict(zip(rule.inputs, row, strict=True))) for row in rows]
+        rules[rule] = sum_rule(terms)
+    tensors = tuple(t._replace(rule=rules.get(t.rule, t.rule)) for t in plan.tensors)
+    widths = _widths(plan.inputs, tensors, len(plan.outputs))
+    return replace(plan, tensors=tensors, widths=widths)
+
+
+def _widths(
+    inputs: Sequence[Checkpoint], tensors: Iterable[OutputTensor], outputs: int
+) -> tuple[int, ...]:
+    return tuple(
+        t.dtype.itemsize * outputs
+        + sum([inputs[i].tensors[t.name].dtype.itemsize for i in t.rule.inputs])
+        for t in tensors
+    )
 
 
 def _cut(tensors: Sequence[OutputTensor]) -> Iterator[Job]:
@@ -111,34 +172,81 @@ def _cut(tensors: Sequence[OutputTensor]) -> Iterator[Job]:
 
 
 def _digest(
-    sources: Sources, tensors: Sequence[OutputTensor], shards: Sequence[OutputShard]
+    config: Config,
+    sources: Sources,
+    output: int,
+    tensors: Sequence[OutputTensor],
+    shards: Sequence[OutputShard],
 ) -> str:
-    digest = hashlib.sha256(f"distmerge {FORMAT} donor {sources.donor}\n".encode())
-    for checkpoint in sources.checkpoints:
-        digest.update(f"input {checkpoint.identity}\n".encode())
+    """Of the plan that makes this output alone: what the other outputs are does not show."""
+    place = {i: n for n, i in enumerate(sources.inputs[output])}
+    digest = hashlib.sha256(f"distmerge {FORMAT} donor {place[sources.donor]}\n".encode())
+    for i in place:
+        digest.update(f"input {sources.checkpoints[i].identity}\n".encode())
     for shard in shards:
         digest.update(f"shard {shard.name} {shard.size}\n".encode())
+    if config.extrapolation is not None:
+        digest.update(f"trend {config.extrapolation} {_merging(config)}\n".encode())
+    rules: dict[Rule, str] = {}
     for t in tensors:
-        values = " ".join(value.hex() for value in t.rule.coefficients)
-        line = (
-            f"{t.name} {t.dtype.name} {t.shape} {t.shard} {t.offset} {t.rule.kind} {t.rule.inputs}"
-        )
-        digest.update(f"{line} {values}\n".encode())
+        if t.rule not in rules:
+            rules[t.rule] = _described(t.rule, output, place)
+        line = f"{t.name} {t.dtype.name} {t.shape} {t.shard} {t.offset} {rules[t.rule]}\n"
+        digest.update(line.encode())
     return digest.hexdigest()
 
 
+def _merging(config: Config) -> str:
+    trajectory = config.trajectory
+    assert trajectory is not None, "only trajectories are extrapolated"
+    return f"{trajectory.window} {trajectory.stride} {trajectory.schedule}"
+
+
+def _described(rule: Rule, output: int, place: Mapping[int, int]) -> str:
+    """The rule of one output, with its inputs as that output's recipe counts them."""
+    if rule.kind != "sum":
+        return f"{rule.kind} {tuple(place[i] for i in rule.inputs if i in place)}"
+    terms = output_terms(rule, output)
+    values = " ".join(value.hex() for value in terms.values())
+    return f"sum {tuple(place[i] for i in terms)} {values}"
+
+
+def output_terms(rule: Rule, output: int) -> dict[int, float]:
+    """The coefficients of one output of a sum, by input, without those that add nothing."""
+    return nonzero(dict(zip(rule.inputs, rule.coefficients[output], strict=True)))
+
+
+def _joint_digest(outputs: Sequence[Output]) -> str:
+    lines = "".join(f"{output.name} {output.digest}\n" for output in outputs)
+    return hashlib.sha256(f"distmerge {FORMAT} outputs\n{lines}".encode()).hexdigest()
+
+
 def assign(plan: Plan, ranks: int) -> list[range]:
-    """The jobs of each rank: contiguous stretches of the output with equal cost in bytes.
+    """The jobs of each rank: contiguous stretches of the outputs with equal cost in bytes.
 
     Contiguous, because a rank then reads and writes sequentially and mostly in shards of its own;
     balanced to within one job, because jobs are small beside a rank's share.
     """
-    ends = list(accumulate((job.stop - job.start) * plan.widths[job.tensor] for job in plan.jobs))
+    return _stretches(
+        [(job.stop - job.start) * plan.widths[job.tensor] for job in plan.jobs], ranks
+    )
+
+
+def assign_trend(plan: Plan, ranks: int) -> list[list[int]]:
+    """The jobs of each rank in the statistic pass, with equal bytes to read."""
+    jobs = plan.trend_jobs
+    stretches = _stretches([plan.read_bytes(plan.jobs[number]) for number in jobs], ranks)
+    return [[jobs[n] for n in stretch] for stretch in stretches]
+
+
+def _stretches(costs: Sequence[int], parts: int) -> list[range]:
+    """`costs` cut into contiguous `parts` of nearly equal sums."""
+    ends = list(accumulate(costs))
     total = ends[-1] if ends else 0
     bounds = [0]
-    for rank in range(1, ranks):
-        bounds.append(_nearest(ends, total * rank / ranks, bounds[-1]))
-    return [range(a, b) for a, b in zip(bounds, [*bounds[1:], len(plan.jobs)], strict=True)]
+    for part in range(1, parts):
+        bounds.append(_nearest(ends, total * part / parts, bounds[-1]))
+    return [range(a, b) for a, b in zip(bounds, [*bounds[1:], len(costs)], strict=True)]
 
 
 def _nearest(ends: Sequence[int], target: float, start: int) -> int:
@@ -156,7 +264,8 @@ def step_elements(plan: Plan, budget_bytes: int) -> int:
     Raises OutputError where the budget does not hold a single block of every input.
     """
     width = max(plan.widths, default=1)
-    slack = 2 * PAGE * (1 + max((len(t.rule.inputs) for t in plan.tensors), default=0))
+    buffers = len(plan.outputs) + max((len(t.rule.inputs) for t in plan.tensors), default=0)
+    slack = 2 * PAGE * buffers
     blocks = (budget_bytes // SLOTS - slack) // (width * BLOCK_ELEMENTS)
     if blocks < 1:
         least = SLOTS * (width * BLOCK_ELEMENTS + slack)

@@ -19,17 +19,41 @@ def summary(result: MergeResult) -> str:
     """The closing lines of a merge."""
     moved = result.read_bytes + result.written_bytes
     ranks = "1 rank" if result.ranks == 1 else f"{result.ranks} ranks"
+    count = len(result.outputs)
+    each = f"{count} outputs of " if count > 1 else ""
+    seconds = result.statistic_seconds + result.pass_seconds
     lines = [
-        f"{result.out}: {result.tensors} tensors in {_count(result.shards, 'shard')}, "
+        f"{result.out}: {each}{result.tensors} tensors in {_count(result.shards, 'shard')}, "
         f"{format_bytes(result.written_bytes)}",
         f"read {format_bytes(result.read_bytes)}, wrote {format_bytes(result.written_bytes)} in "
-        f"{result.pass_seconds:.2f} s ({format_bytes(moved / result.pass_seconds)}/s), "
+        f"{seconds:.2f} s ({format_bytes(moved / seconds)}/s), "
         f"{result.seconds:.2f} s in all; {ranks}, "
         f"peak memory {format_bytes(result.peak_memory)} each",
     ]
     if result.nonfinite:
         lines.append(f"warning: {result.nonfinite} values were NaN or Inf")
+    if result.scores:
+        lines += _scores_table(result.scores)
+    if result.report:
+        lines.append(f"report: {result.report}")
     return "\n".join(lines)
+
+
+def _scores_table(scores: Described) -> list[str]:
+    """What the selection measured, and what it says."""
+    marks = {scores["baseline"]: "baseline", scores["best"]: "best"}
+    rows = [
+        [
+            row["name"],
+            f"{row['score']:.5g}",
+            f"{row['difference']:+.4g}",
+            "" if row["error"] is None else f"{row['error']:.2g}",
+            marks.get(row["name"], ""),
+        ]
+        for row in scores["candidates"]
+    ]
+    header = ["output", scores["metric"], "difference", "std. err.", ""]
+    return ["", *_table(header, rows, shown=len(rows)), scores["verdict"]]
 
 
 def describe(plan: Plan, *, ranks: int, memory: str | None) -> Described:
@@ -55,6 +79,7 @@ def describe(plan: Plan, *, ranks: int, memory: str | None) -> Described:
             }
             for number, c in enumerate(plan.inputs)
         ],
+        "outputs": [output.name for output in plan.outputs],
         "tensors": len(plan.tensors),
         "tensors_by_rule": _by_rule(plan),
         "shards": [{"name": shard.name, "bytes": shard.size} for shard in plan.shards],
@@ -63,6 +88,7 @@ def describe(plan: Plan, *, ranks: int, memory: str | None) -> Described:
         "balance": max(costs) / mean if mean else 1.0,
         "memory_bytes": buffer_bytes(plan, elements),
         "read_bytes": sum(row["read_bytes"] for row in rows),
+        "statistic_bytes": sum(plan.read_bytes(plan.jobs[number]) for number in plan.trend_jobs),
         "write_bytes": plan.output_bytes,
     }
 
@@ -79,7 +105,7 @@ def _rank(plan: Plan, number: int, jobs: range) -> Described:
 def _by_rule(plan: Plan) -> dict[str, int]:
     """How many tensors are summed, copied, or summed from fewer inputs than most."""
     widest = max((len(t.rule.inputs) for t in plan.tensors if t.rule.kind == "sum"), default=0)
-    counts = {"sum": 0, "sum of fewer inputs": 0, "equal": 0, "copy": 0}
+    counts = {"sum": 0, "sum of fewer inputs": 0, "trend": 0, "equal": 0, "copy": 0}
     for tensor in plan.tensors:
         fewer = tensor.rule.kind == "sum" and len(tensor.rule.inputs) < widest
         counts["sum of fewer inputs" if fewer else tensor.rule.kind] += 1
@@ -115,6 +141,7 @@ def plan_text(described: Described) -> str:
             "Inputs (* gives config and tokenizer)",
             *_table(["", "model", "step", "tensors", "bytes", "fingerprint"], inputs),
             "",
+            *_outputs_text(described["outputs"]),
             f"Output: {described['tensors']} tensors ({rules}), {_count(len(shards), 'shard')}",
             *_table(["shard", "bytes"], shards),
             "",
@@ -122,12 +149,30 @@ def plan_text(described: Described) -> str:
             "of the mean",
             *_table(["rank", "jobs", "read", "write"], ranks),
             "",
+            *_statistic_text(described["statistic_bytes"]),
             f"read {format_bytes(described['read_bytes'])}, write "
             f"{format_bytes(described['write_bytes'])}, buffers of up to "
             f"{format_bytes(described['memory_bytes'])} per rank",
             f"digest {described['digest']}",
         ]
     )
+
+
+def _outputs_text(names: list[str]) -> list[str]:
+    """Nothing for a single output, which is OUT itself."""
+    if len(names) == 1:
+        return []
+    return [f"Outputs: {len(names)}, each in a folder of OUT", *_table(["folder"], _rows(names)), ""]
+
+
+def _rows(cells: list[str]) -> list[list[str]]:
+    return [[cell] for cell in cells]
+
+
+def _statistic_text(num_bytes: int) -> list[str]:
+    if not num_bytes:
+        return []
+    return [f"first a statistic pass that reads {format_bytes(num_bytes)}, unless it is known"]
 
 
 def inspection_text(described: dict[str, Plain]) -> str:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from distmerge.config import Config, ModelRef
+from collections.abc import Sequence
+
+from distmerge.config import Config, Extrapolation
 from distmerge.document import Plain
 from distmerge.parameters import Parameter
+from distmerge.reference import ModelRef
+from distmerge.trajectory import Schedule, Trajectory
 
 
-def as_recipe(config: Config, coefficients: tuple[float, ...] | None) -> dict[str, Plain]:
-    """A mapping that `load_config` takes; `coefficients` are those of a trajectory."""
+def as_recipe(config: Config, coefficients: Sequence[float]) -> dict[str, Plain]:
+    """A mapping that `load_recipe` takes; `coefficients` are those of an averaged trajectory."""
     recipe: dict[str, Plain] = {"merge_method": config.merge_method}
-    if config.trajectory is not None:
-        assert coefficients is not None
+    if config.trajectory is not None and config.extrapolation is not None:
+        recipe["trajectory"] = _windowed(config.trajectory)
+        recipe["parameters"] = _extrapolation(config.extrapolation)
+    elif config.trajectory is not None:
         recipe["trajectory"] = {
             "checkpoints": [_name(ref) for ref in config.trajectory.checkpoints],
             "schedule": {"weights": list(coefficients)},
@@ -28,6 +34,38 @@ def as_recipe(config: Config, coefficients: tuple[float, ...] | None) -> dict[st
         if value:
             recipe[key] = value
     return {**recipe, "missing": config.missing, "non_float": config.non_float}
+
+
+def _windowed(trajectory: Trajectory) -> dict[str, Plain]:
+    """Not as coefficients: they are in the manifest, and this says where they come from."""
+    return {
+        "checkpoints": [_name(ref) for ref in trajectory.checkpoints],
+        "window": trajectory.window,
+        "stride": trajectory.stride,
+        **_schedule(trajectory.schedule),
+    }
+
+
+def _schedule(schedule: Schedule) -> dict[str, Plain]:
+    kind: Plain = schedule.kind
+    if schedule.kind == "ema":
+        kind = {"ema": schedule.numbers[0]}
+    elif schedule.kind in ("wsm", "weights"):
+        kind = {schedule.kind: schedule.curve or list(schedule.numbers)}
+    found: dict[str, Plain] = {"schedule": kind}
+    if schedule.scramble is not None:
+        found["scramble"] = schedule.scramble
+    given = {"reverse": schedule.reverse, "normalize": schedule.normalize}
+    return {**found, **{key: True for key, value in given.items() if value}}
+
+
+def _extrapolation(extrapolation: Extrapolation) -> dict[str, Plain]:
+    step: Plain = {"span": extrapolation.step} if extrapolation.spans else extrapolation.step
+    return {
+        "step": step,
+        "direction": extrapolation.direction,
+        "exclude": list(extrapolation.exclude),
+    }
 
 
 def _name(ref: ModelRef | str) -> str:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from functools import partial
 
 from distmerge.config import Config
 from distmerge.errors import ConfigError, MismatchError
 from distmerge.layout import Content
 from distmerge.parameters import Layers, Parameter, evaluate
 from distmerge.schedules import normalized
-from distmerge.sources.resolve import Sources
+from distmerge.sources.resolve import Row, Sources
 from distmerge.spec import FLOATS, DType, Rule, TensorSpec
+from distmerge.sweep import Recipe
 
 SHOWN = 10
 """Differences that an error lists; the rest is counted."""
@@ -20,30 +23,41 @@ Weights = tuple[float | None, ...]
 """One per input; None for a donor that takes no part in the sum."""
 
 
-def contents(config: Config, sources: Sources) -> list[Content]:
-    """The output's tensors with their rules, in the donor's order.
+def contents(recipe: Recipe, sources: Sources) -> list[Content]:
+    """The tensors of every output with their rules, in the donor's order.
 
     Raises MismatchError that lists what differs between the inputs, ConfigError where a weight is
-    missing or weights sum to zero.
+    missing, weights sum to zero, or a pattern matches no tensor.
     """
     names = _names(sources)
-    weigh = _weigher(config, sources, names)
+    _check_patterns(recipe.shared, names)
+    weigh = _weigher(recipe, sources, names)
     found: list[Content] = []
     problems: list[str] = []
     rules: dict[Hashable, Rule] = {}
     for name in names:
         specs = [checkpoint.tensors.get(name) for checkpoint in sources.checkpoints]
-        weights = weigh(name)
+        rows = weigh(name)
         problem = _disagreement(name, sources, specs) or _absence(
-            config, name, sources, specs, weights
+            recipe.shared, name, sources, specs, rows
         )
         if problem:
             problems.append(problem)
         else:
-            found.append(_content(config, sources.donor, name, specs, weights, rules))
+            found.append(_content(recipe.shared, sources.donor, name, specs, rows, rules))
     if problems:
         raise MismatchError(_summary(problems, len(names)))
     return found
+
+
+def _check_patterns(config: Config, names: Sequence[str]) -> None:
+    for pattern in config.extrapolation.exclude if config.extrapolation else ():
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(
+                f"parameters.exclude: {pattern!r} matches no tensor; the first is {names[0]!r}"
+                if names
+                else f"parameters.exclude: {pattern!r}: the inputs hold no tensor"
+            )
 
 
 def _summary(problems: Sequence[str], total: int) -> str:
@@ -64,17 +78,23 @@ def _names(sources: Sources) -> list[str]:
     return list(names)
 
 
-def _weigher(config: Config, sources: Sources, names: Sequence[str]) -> Callable[[str], Weights]:
-    count = len(sources.checkpoints)
-    if sources.coefficients is not None:
-        constant = (*sources.coefficients, *[None] * (count - len(sources.coefficients)))
-        return lambda _: constant
+def _weigher(
+    recipe: Recipe, sources: Sources, names: Sequence[str]
+) -> Callable[[str], tuple[Row, ...]]:
+    """The coefficients of every output for a tensor."""
+    if (rows := sources.rows) is not None:
+        return lambda _: rows
     layers = Layers(names)
+    each = [_weigh_one(variant.config, sources, layers) for variant in recipe.variants]
+    return lambda name: tuple(weigh(name) for weigh in each)
+
+
+def _weigh_one(config: Config, sources: Sources, layers: Layers) -> Callable[[str], Row]:
     levels = [(entry.parameters, config.parameters) for entry in config.models]
     # As mergekit: a base model that is not listed takes part where a global weight includes it.
-    levels += [({}, config.parameters)] * (count - len(levels))
+    levels += [({}, config.parameters)] * (len(sources.checkpoints) - len(levels))
 
-    def weigh(name: str) -> Weights:
+    def weigh(name: str) -> Row:
         position = layers.position(name)
         found = tuple(evaluate(level, "weight", name, position) for level in levels)
         for entry, weight in zip(config.models, found, strict=False):
@@ -88,9 +108,7 @@ def _weigher(config: Config, sources: Sources, names: Sequence[str]) -> Callable
     return weigh
 
 
-def _scaled(
-    parameters: dict[str, Parameter], name: str, position: float, found: Weights
-) -> Weights:
+def _scaled(parameters: dict[str, Parameter], name: str, position: float, found: Row) -> Row:
     """The weights divided by their sum, unless the recipe says normalize: false."""
     if evaluate([parameters], "normalize", name, position) == 0.0:
         return found
@@ -120,18 +138,27 @@ def _absence(
     name: str,
     sources: Sources,
     specs: Sequence[TensorSpec | None],
-    weights: Weights,
+    rows: Sequence[Row],
 ) -> str | None:
     """Where an input that counts lacks tensor `name` and the recipe does not say what to do."""
     if None not in specs:
         return None
-    absent = [i for i, spec in enumerate(specs) if spec is None and weights[i] is not None]
-    if not absent or config.missing == "present":
+    absent = [
+        i
+        for i, spec in enumerate(specs)
+        if spec is None and any(row[i] is not None for row in rows)
+    ]
+    if not absent or (config.missing == "donor" and specs[sources.donor] is not None):
         return None
-    if config.missing == "donor" and specs[sources.donor] is not None:
-        return None
+    if config.missing == "present":
+        nowhere = specs[sources.donor] is None and not all(map(partial(_holds, specs), rows))
+        return f"{name}: no input of one of the outputs holds it" if nowhere else None
     lacking = ", ".join(sources.checkpoints[i].label for i in absent[:3])
     return f"{name}: not in {lacking} (the recipe's missing: donor or present would allow it)"
+
+
+def _holds(specs: Sequence[TensorSpec | None], row: Row) -> bool:
+    return any(s is not None and w is not None for s, w in zip(specs, row, strict=True))
 
 
 def _content(
@@ -139,19 +166,30 @@ def _content(
     donor: int,
     name: str,
     specs: Sequence[TensorSpec | None],
-    weights: Weights,
+    rows: tuple[Row, ...],
     rules: dict[Hashable, Rule],
 ) -> Content:
     """`rules` keeps what was made, for there are few rules and there may be a million tensors."""
     given = specs[donor] or next(spec for spec in specs if spec is not None)
     exact = given.dtype.kind == "exact"
-    alike = (exact, tuple([spec is None for spec in specs]), weights)
+    moved = not exact and _is_moved(config, name)
+    alike = (exact, moved, tuple([spec is None for spec in specs]), rows)
     if alike not in rules:
         rules[alike] = (
-            _exact_rule(config, donor, specs) if exact else _sum_rule(config, donor, specs, weights)
+            _exact_rule(config, donor, specs)
+            if exact
+            else _float_rule(config, donor, specs, rows, moved=moved)
         )
     dtype = given.dtype if exact else _output_dtype(config, given.dtype)
     return Content(name, dtype, given.shape, math.prod(given.shape), rules[alike])
+
+
+def _is_moved(config: Config, name: str) -> bool:
+    """Whether the recipe extrapolates tensor `name`."""
+    extrapolation = config.extrapolation
+    return extrapolation is not None and not any(
+        fnmatchcase(name, pattern) for pattern in extrapolation.exclude
+    )
 
 
 def _output_dtype(config: Config, stored: DType) -> DType:
@@ -172,17 +210,46 @@ def _holders(donor: int, specs: Sequence[TensorSpec | None]) -> Iterator[int]:
     yield from (i for i, spec in enumerate(specs) if spec is not None and i != donor)
 
 
-def _sum_rule(
-    config: Config, donor: int, specs: Sequence[TensorSpec | None], weights: Weights
+def _float_rule(
+    config: Config,
+    donor: int,
+    specs: Sequence[TensorSpec | None],
+    rows: tuple[Row, ...],
+    *,
+    moved: bool,
 ) -> Rule:
-    wanted = [i for i, weight in enumerate(weights) if weight is not None]
+    listed = [i for i, weight in enumerate(rows[0]) if weight is not None]
+    if moved and all(specs[i] is not None for i in listed):
+        return Rule("trend", tuple(listed))
+    return sum_rule([_terms(config, donor, specs, row) for row in rows])
+
+
+def sum_rule(outputs: Sequence[dict[int, float]]) -> Rule:
+    """The rule of a sum whose outputs are given as coefficients by input."""
+    inputs = sorted({i for terms in outputs for i in terms})
+    return Rule(
+        "sum",
+        tuple(inputs),
+        tuple(tuple(terms.get(i, 0.0) for i in inputs) for terms in outputs),
+    )
+
+
+def nonzero(terms: dict[int, float]) -> dict[int, float]:
+    """`terms` without those that add nothing, but for one."""
+    return {i: value for i, value in terms.items() if value} or dict([min(terms.items())])
+
+
+def _terms(
+    config: Config, donor: int, specs: Sequence[TensorSpec | None], row: Row
+) -> dict[int, float]:
+    """Coefficients by input, for the inputs that count."""
+    wanted = [i for i, weight in enumerate(row) if weight is not None]
     held = [i for i in wanted if specs[i] is not None]
     if len(held) < len(wanted) and (config.missing == "donor" or not held):
-        return Rule("sum", (donor,), (1.0,))
-    values = [w for i in held if (w := weights[i]) is not None]
+        return {donor: 1.0}
+    values = [w for i in held if (w := row[i]) is not None]
     if len(held) < len(wanted):  # keep the sum that the weights of all would have
         name = next(spec.name for spec in specs if spec is not None)
-        total = math.fsum(w for w in weights if w is not None)
+        total = math.fsum(w for w in row if w is not None)
         values = [total * share for share in normalized(values, f"{name} in {len(held)} inputs")]
-    terms = [(i, value) for i, value in zip(held, values, strict=True) if value] or [(held[0], 0.0)]
-    return Rule("sum", tuple(i for i, _ in terms), tuple(value for _, value in terms))
+    return nonzero(dict(zip(held, values, strict=True)))

@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from distmerge.config import Schedule, Trajectory
 from distmerge.errors import ConfigError
+from distmerge.trajectory import Schedule, Trajectory
 
 _STEP = re.compile(r"(?:step|iter|iteration|checkpoint|ckpt)s?[-_=]?(\d+)", re.IGNORECASE)
 _CURVES: dict[str, Callable[[float], float]] = {
@@ -81,6 +81,28 @@ def coefficients(schedule: Schedule, count: int) -> tuple[float, ...]:
     if schedule.scramble is not None:
         values = _scrambled(values, schedule.scramble)
     return normalized(values, "trajectory.schedule") if schedule.normalize else tuple(values)
+
+
+def windows(trajectory: Trajectory, count: int) -> list[tuple[float, ...]]:
+    """Coefficients of the merged checkpoints, a row for each, over `count` raw ones.
+
+    The last window ends with the last checkpoint; those before it are `stride` apart, so that a
+    few of the first checkpoints may stand in none.
+    Raises ConfigError where that makes fewer than two merged checkpoints.
+    """
+    window, stride = trajectory.window or 1, trajectory.stride
+    if window > count:
+        raise ConfigError(f"trajectory.window: {window} is more than the {count} checkpoints")
+    rows = [
+        (0.0,) * (end - window) + coefficients(trajectory.schedule, window) + (0.0,) * (count - end)
+        for end in range(count, window - 1, -stride)
+    ]
+    if len(rows) < 2:
+        raise ConfigError(
+            f"trajectory: {count} checkpoints with window {window} and stride {stride} make one "
+            f"merged checkpoint; a direction needs two: at least {window + stride} checkpoints"
+        )
+    return rows[::-1]
 
 
 def normalized(values: Sequence[float], where: str) -> tuple[float, ...]:

@@ -76,19 +76,21 @@ class TensorSpec(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """How an output tensor comes from the inputs.
+    """How a tensor comes from the inputs, in every output of the run.
 
-    sum: the sum of coefficients[i] * inputs[i]; equal: the bytes of inputs[0], which all the
-    others must share; copy: the bytes of inputs[0]. `inputs` are positions in Plan.inputs.
+    sum: output k is the sum of coefficients[k][i] * inputs[i], without the inputs whose
+    coefficient is zero; trend: a sum whose coefficients the statistic pass has still to find;
+    equal: the bytes of inputs[0], which all the others must share; copy: the bytes of inputs[0].
+    `inputs` are positions in Plan.inputs, in ascending order for sums.
     """
 
-    kind: Literal["sum", "equal", "copy"]
+    kind: Literal["sum", "trend", "equal", "copy"]
     inputs: tuple[int, ...]
-    coefficients: tuple[float, ...]
+    coefficients: tuple[tuple[float, ...], ...] = ()
 
 
 class OutputTensor(NamedTuple):
-    """One tensor of the output: where it lies (shard, byte offset in the file) and its rule."""
+    """One tensor, in every output: where it lies (shard, byte offset in the file) and its rule."""
 
     name: str
     dtype: DType
@@ -100,7 +102,7 @@ class OutputTensor(NamedTuple):
 
 
 class OutputShard(NamedTuple):
-    """One file of the output; `header` ends where the data starts, at a multiple of PAGE."""
+    """One file of an output; `header` ends where the data starts, at a multiple of PAGE."""
 
     name: str
     header: bytes
@@ -108,7 +110,7 @@ class OutputShard(NamedTuple):
 
 
 class Job(NamedTuple):
-    """Elements start..stop of one output tensor (a position in Plan.tensors)."""
+    """Elements start..stop of one tensor (a position in Plan.tensors), for every output."""
 
     tensor: int
     start: int

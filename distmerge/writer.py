@@ -87,7 +87,8 @@ def _write_all(descriptor: int, view: memoryview, offset: int) -> None:
 
 
 class ShardWriter:
-    """This rank's hand on the shards in `folder`, which a rank without any need not see.
+    """This rank's hand on the shards of all outputs in `folder`, which a rank without any need not
+    see.
 
     An engine.Sink.
     """

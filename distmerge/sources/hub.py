@@ -22,8 +22,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
-from distmerge.config import ModelRef
 from distmerge.errors import SourceError
+from distmerge.reference import ModelRef
 from distmerge.sources.checkpoint import INDEX
 from distmerge.sources.sidecars import SIDECARS
 

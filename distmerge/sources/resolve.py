@@ -3,74 +3,132 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
-from distmerge.config import Config, ModelEntry, ModelRef, Trajectory, as_path, parse_reference
+from distmerge.config import Config, ModelEntry
 from distmerge.errors import ConfigError, SourceError
-from distmerge.schedules import coefficients, select, step_of
+from distmerge.reference import ModelRef, as_path, parse_reference
+from distmerge.schedules import coefficients, select, step_of, windows
 from distmerge.sources import hub
 from distmerge.sources.checkpoint import Checkpoint, open_checkpoint
+from distmerge.sweep import Recipe
+from distmerge.trajectory import Trajectory
+
+Row = tuple[float | None, ...]
+"""A coefficient for each input; None for one that takes no part."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sources:
-    """What a recipe reads. `coefficients` are those of a trajectory's checkpoints, in order;
-    the donor may stand behind them as one input more."""
+    """What a recipe reads.
+
+    `inputs` are, for each output, the positions of the checkpoints that its recipe names. `rows`
+    are, for each output, the coefficients along a trajectory; where the recipe extrapolates,
+    those of the last merged checkpoint. None without a trajectory.
+    """
 
     checkpoints: tuple[Checkpoint, ...]
     donor: int
-    coefficients: tuple[float, ...] | None
+    inputs: tuple[tuple[int, ...], ...]
+    rows: tuple[Row, ...] | None
 
 
-def pinned(config: Config) -> Config:
-    """`config` with its trajectory selected and every Hub repository at a commit.
+def pinned(recipe: Recipe) -> Recipe:
+    """`recipe` with its trajectories selected and every Hub repository at a commit.
 
     Raises ConfigError or SourceError.
     """
-    if config.trajectory:
-        config = replace(config, trajectory=_selected(config.trajectory))
-    models = tuple(ModelEntry(model=_pin(m.model), parameters=m.parameters) for m in config.models)
-    base = _pin(config.base_model) if config.base_model else None
-    return replace(config, models=models, base_model=base)
+    pin = cache(_pin)
+    shared = recipe.shared
+    models = tuple(pin(entry.model) for entry in shared.models)
+    base = pin(shared.base_model) if shared.base_model else None
+    refs, steps = _listed(shared.trajectory) if shared.trajectory else ([], None)
+    variants, union = [], set()
+    for variant in recipe.variants:
+        config = replace(variant.config, models=_with(variant.config.models, models))
+        if trajectory := config.trajectory:
+            taken = select(steps or range(len(refs)), trajectory)
+            union.update(taken)
+            checkpoints = tuple(pin(refs[i]) for i in taken)
+            kept = ("window", "stride", "schedule")
+            bare = {name: getattr(trajectory, name) for name in kept}
+            config = replace(config, trajectory=Trajectory(checkpoints=checkpoints, **bare))
+        variants.append(variant._replace(config=replace(config, base_model=base)))
+    inputs = tuple(pin(refs[i]) for i in sorted(union)) or models
+    return replace(recipe, variants=tuple(variants), inputs=inputs)
 
 
-def open_sources(config: Config, *, local_only: bool) -> Sources:
+def _with(entries: Iterable[ModelEntry], models: Iterable[ModelRef]) -> tuple[ModelEntry, ...]:
+    return tuple(replace(entry, model=ref) for entry, ref in zip(entries, models, strict=True))
+
+
+def open_sources(recipe: Recipe, *, local_only: bool) -> Sources:
     """Fetch what is on the Hub and open every input of a `pinned` recipe (headers only).
 
-    Raises SourceError.
+    Raises SourceError; ConfigError where the outputs of a sweep differ in their donor.
     """
-    refs = _references(config)
-    steps: Sequence[int | None] = [None] * len(refs)
-    listed, weights = len(refs), None
-    if config.trajectory:
-        steps = _steps(refs) or steps
-        weights = coefficients(config.trajectory.schedule, len(refs))
-    if config.base_model and config.base_model not in refs:
-        refs = [*refs, config.base_model]
+    shared = recipe.shared
+    refs = list(recipe.inputs)
+    steps: Sequence[int | None] = (shared.trajectory and _steps(refs)) or [None] * len(refs)
+    if shared.base_model and shared.base_model not in refs:
+        refs = [*refs, shared.base_model]
         steps = [*steps, None]
     opened: list[Checkpoint] = []
     for ref, step in zip(refs, steps, strict=True):
         opened.append(_open(ref, step, local_only, twin=opened[-1] if opened else None))
-    if config.base_model:
-        donor = refs.index(config.base_model)
-    else:
-        donor = listed - 1 if config.trajectory else 0
-    return Sources(checkpoints=tuple(opened), donor=donor, coefficients=weights)
+    configs = [variant.config for variant in recipe.variants]
+    return Sources(
+        checkpoints=tuple(opened),
+        donor=_donor(configs, refs),
+        inputs=tuple(_named(config, refs) for config in configs),
+        rows=tuple(_row(c, refs) for c in configs) if shared.trajectory else None,
+    )
+
+
+def _named(config: Config, refs: Sequence[ModelRef]) -> tuple[int, ...]:
+    """Positions of all that `config` names; a model that is listed twice stands there twice."""
+    if config.trajectory is None:
+        return tuple(range(len(refs)))
+    wanted = {*config.trajectory.checkpoints, config.base_model}
+    return tuple(i for i, ref in enumerate(refs) if ref in wanted)
+
+
+def _donor(configs: Sequence[Config], refs: Sequence[ModelRef]) -> int:
+    """The base model, else the last checkpoint of a trajectory, else the first model."""
+    shared = configs[0]
+    if shared.base_model:
+        return refs.index(shared.base_model)
+    if shared.trajectory is None:
+        return 0
+    last = {c.trajectory.checkpoints[-1] for c in configs if c.trajectory}
+    if len(last) > 1:
+        raise ConfigError(
+            "sweep: the outputs end with different checkpoints; say with base_model: which one "
+            "gives config and tokenizer"
+        )
+    return list(refs).index(last.pop())  # type: ignore[arg-type]
+
+
+def _row(config: Config, refs: Sequence[ModelRef]) -> Row:
+    trajectory = config.trajectory
+    assert trajectory is not None, "only trajectories have rows"
+    own = tuple(trajectory.checkpoints)
+    values = (
+        windows(trajectory, len(own))[-1]
+        if config.extrapolation
+        else coefficients(trajectory.schedule, len(own))
+    )
+    by_ref = dict(zip(own, values, strict=True))
+    return tuple(by_ref.get(ref) for ref in refs)
 
 
 def open_reference(text: str) -> Checkpoint:
     """Open what 'path' or 'path@revision' names, whole. Raises ConfigError or SourceError."""
     return _open(_pin(parse_reference(text)), None, local_only=False)
-
-
-def _references(config: Config) -> list[ModelRef]:
-    if config.trajectory is None:
-        return [entry.model for entry in config.models]
-    assert not isinstance(config.trajectory.checkpoints, str), "the recipe is pinned"
-    return list(config.trajectory.checkpoints)
 
 
 def is_local(ref: ModelRef) -> bool:
@@ -102,16 +160,19 @@ def _open(
     return open_checkpoint(folder, label=str(ref), revision=ref.commit, step=step, twin=twin)
 
 
-def _selected(trajectory: Trajectory) -> Trajectory:
+def _listed(trajectory: Trajectory) -> tuple[list[ModelRef], list[int] | None]:
+    """All checkpoints that the trajectory may take, in ascending order, with their steps."""
     found = trajectory.checkpoints
     refs = _glob(found) if isinstance(found, str) else [_pin_local(ref) for ref in found]
     steps = _steps(refs)
     if steps is None:
+        if twice := [ref for ref in refs if refs.count(ref) > 1]:
+            raise ConfigError(f"trajectory.checkpoints: {twice[0]} is listed twice")
         if trajectory.from_step or trajectory.to_step or trajectory.min_interval:
             raise ConfigError(
                 "trajectory: from_step, to_step, min_interval need steps in the names"
             )
-        steps = list(range(len(refs)))
+        return refs, None
     order = sorted(range(len(refs)), key=steps.__getitem__)
     ordered = [steps[i] for i in order]
     for before, after in pairwise(ordered):
@@ -120,9 +181,7 @@ def _selected(trajectory: Trajectory) -> Trajectory:
             raise ConfigError(
                 f"trajectory: step {before} is there twice: {' and '.join(twins[:2])}"
             )
-    taken = [_pin(refs[order[i]]) for i in select(ordered, trajectory)]
-    schedule = trajectory.schedule
-    return Trajectory(checkpoints=tuple(taken), schedule=schedule)
+    return [refs[i] for i in order], ordered
 
 
 def _glob(pattern: str) -> list[ModelRef]:

@@ -17,7 +17,9 @@ SIDECARS = (
 )  # fmt: skip
 """Patterns of what is copied; weights, optimizer states and caches match none of them."""
 
-_LEFT_OUT = ("*.index.json", "trainer_state.json", "distmerge.json", "adapter_config.json")
+_LEFT_OUT = (
+    "*.index.json", "trainer_state.json", "distmerge.json", "adapter_config.json", "report/*",
+)  # fmt: skip
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.onnx", "*.gguf", "*.h5", "*.msgpack")
 
 
@@ -36,11 +38,8 @@ def sidecars(folder: Path) -> list[Path]:
         if at != folder and any(_matches(path, _WEIGHTS) for path in paths):
             subfolders.clear()
             continue
-        found += [
-            p.relative_to(folder)
-            for p in paths
-            if _matches(p, SIDECARS) and not _matches(p, _LEFT_OUT)
-        ]
+        inside = [path.relative_to(folder) for path in paths]
+        found += [p for p in inside if _matches(p, SIDECARS) and not _matches(p, _LEFT_OUT)]
     return sorted(found)
 
 

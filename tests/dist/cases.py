@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 
 import distmerge
-from distmerge import engine, planner
+from distmerge import engine, planner, statistic
 from distmerge.document import Plain
 from distmerge.pipeline import MergeResult, Options
 from tests.support.checkpoints import raw_file, write_checkpoint
@@ -29,6 +29,7 @@ _NAMES = {
 def cut(*, block: int = BLOCK, job: int = 4 * BLOCK) -> None:
     """In this process and for good: blocks and jobs so small that small tensors have several."""
     mock.patch.object(engine, "BLOCK_ELEMENTS", block).start()
+    mock.patch.object(statistic, "BLOCK_ELEMENTS", block).start()
     mock.patch.multiple(planner, BLOCK_ELEMENTS=block, JOB_ELEMENTS=job).start()
 
 

@@ -14,9 +14,10 @@ import yaml
 
 import distmerge
 from distmerge import cli, engine, monitor, pipeline
-from distmerge.config import Config, load_config
 from distmerge.errors import MismatchError, PeerError, RunError
 from distmerge.sources.resolve import Sources, open_sources, pinned
+from distmerge.sweep import Recipe as SweptRecipe
+from distmerge.sweep import load_recipe
 from tests.dist import cases
 from tests.dist.cases import Recipe, Tensors
 from tests.support.checkpoints import write_checkpoint
@@ -115,7 +116,7 @@ def command_with_fault(arguments: list[str]) -> None:
     mock.patch.object(monitor, "INTERVAL", 0.2).start()
     if os.environ["RANK"] == "1":
         injected = ValueError("injected")
-        mock.patch.object(engine, "weighted_sum", side_effect=injected).start()
+        mock.patch.object(engine, "weighted_sums", side_effect=injected).start()
     command(arguments)
 
 
@@ -137,8 +138,8 @@ def test_a_failure_is_a_line_of_the_first_rank_and_a_traceback_where_it_happened
 def merge_with_other_view(recipe: Recipe, out: Path, other: Recipe) -> None:
     """Rank 1's host has other files under the same names."""
 
-    def open_others(_: Config, *, local_only: bool) -> Sources:
-        return open_sources(pinned(load_config(other)), local_only=local_only)
+    def open_others(_: SweptRecipe, *, local_only: bool) -> Sources:
+        return open_sources(pinned(load_recipe(other)), local_only=local_only)
 
     if os.environ["RANK"] == "1":
         mock.patch.object(pipeline, "open_sources", open_others).start()

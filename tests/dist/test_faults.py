@@ -37,7 +37,7 @@ LIMIT = 30.0
 
 PLACES: dict[str, tuple[object, str]] = {
     "read": (reader._Read, "read"),
-    "compute": (engine, "weighted_sum"),
+    "compute": (engine, "weighted_sums"),
     "write": (ShardWriter, "write"),
 }
 """What a rank calls when it reads, computes and writes a step."""

@@ -14,7 +14,7 @@ import torch
 
 import distmerge
 from distmerge.document import Plain
-from distmerge.methods.average import weighted_sum
+from tests.support.kernels import weighted_sum
 from distmerge.pipeline import Options
 from tests.support.checkpoints import write_checkpoint
 from tests.support.reference import check_merged, check_sum, load

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distmerge.methods.average import count_nonfinite, weighted_sum
+from distmerge.methods.average import count_nonfinite
+from tests.support.kernels import weighted_sum
 from distmerge.spec import BLOCK_ELEMENTS
 from tests.support.reference import bound, exact_sum
 

@@ -136,7 +136,7 @@ def ulps_apart(
     At the size of the terms, not of the sum: where terms cancel, what rounding took from them is
     many ulps of the little that is left, for mergekit as for us.
     """
-    size = weighted_sum([x.abs() for x in inputs], [abs(c) for c in rule.coefficients])
+    size = weighted_sum([x.abs() for x in inputs], [abs(c) for c in rule.coefficients[0]])
     ulp = 2 * half_ulp(size, ours.dtype)
     return float(((ours.double() - theirs.double()).abs() / ulp).max())
 

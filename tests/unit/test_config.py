@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distmerge.config import Config, ModelRef, Schedule, load_config
+from distmerge.config import Config
+from distmerge.reference import ModelRef
+from distmerge.sweep import load_recipe
+from distmerge.trajectory import Schedule
 from distmerge.document import Plain
 from distmerge.errors import ConfigError
 from distmerge.parameters import Conditional
@@ -32,7 +35,7 @@ trajectory:
 def loaded(folder: Path, text: str, *overrides: str, lenient: bool = False) -> Config:
     path = folder / "r.yaml"
     path.write_text(text)
-    return load_config(path, overrides=overrides, lenient=lenient)
+    return load_recipe(path, overrides=overrides, lenient=lenient).shared
 
 
 def trajectory(keys: str) -> str:
@@ -154,7 +157,7 @@ def test_a_folder_with_signs_in_its_name_is_a_folder(tmp_path: Path) -> None:
 
 UNKNOWN: dict[str, tuple[str, str]] = {
     "top level": ("merge_metod: linear", "line 1, merge_metod: .*did you mean 'merge_method'"),
-    "method": ("merge_method: linar", "expected one of average, linear; got 'linar' .*'linear'"),
+    "method": ("merge_method: linar", "expected one of average, extra_merge, linear; got 'linar' .*'linear'"),
     "far from all": (LINEAR + "zzz: 1", "line 8, zzz: unknown key; known here: merge_method"),
     "model": (LINEAR.replace("    parameters: {w", "    paramters: {w"),
               r"line 4, models\[0\]\.paramters: .*'parameters'"),
@@ -192,7 +195,7 @@ def test_lenient_warns_of_unknown_keys_instead(
 
 WRONG: dict[str, tuple[str, str]] = {
     "a list": ("[1]", "line 1: expected a mapping with merge_method"),
-    "no method": ("models: []", "line 1: merge_method is missing; one of average, linear"),
+    "no method": ("models: []", "line 1: merge_method is missing; one of average, extra_merge, linear"),
     "method is a list": ("merge_method: [linear]", r"got \['linear'\]"),
     "no models": ("merge_method: linear", "linear needs models:"),
     "models is text": ("merge_method: linear\nmodels: a", "line 2, models: expected a list"),
@@ -278,7 +281,7 @@ def test_what_mergekit_has_and_we_do_not_is_said_so(
 
 def test_a_mapping_is_as_good_as_a_file(tmp_path: Path) -> None:
     plain: dict[str, Plain] = yaml.safe_load(LINEAR)
-    assert load_config(plain) == loaded(tmp_path, LINEAR)
+    assert load_recipe(plain).shared == loaded(tmp_path, LINEAR)
 
 
 def test_overrides_change_the_recipe(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from distmerge.layout import Content, index_json, lay_out
 from distmerge.sources.header import read_header
 from distmerge.spec import DTYPES, PAGE, OutputShard, OutputTensor, Rule
 
-RULE = Rule("sum", (0,), (1.0,))
+RULE = Rule("sum", (0,), ((1.0,),))
 
 
 def content(name: str, dtype: str, *shape: int) -> Content:

@@ -35,7 +35,7 @@ def models(folder: Path, names: Sequence[str] = LAYERED, count: int = 2) -> list
 def weights(recipe: dict[str, Plain]) -> dict[str, dict[int, float]]:
     """Coefficients of each tensor by input."""
     return {
-        tensor.name: dict(zip(tensor.rule.inputs, tensor.rule.coefficients, strict=True))
+        tensor.name: dict(zip(tensor.rule.inputs, *tensor.rule.coefficients, strict=True))
         for tensor in distmerge.plan(recipe).tensors
     }
 

@@ -13,13 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import distmerge
-from distmerge.config import Config, Trajectory
+from distmerge.config import Config
 from distmerge.errors import OutputError
 from distmerge.log import parse_bytes
 from distmerge.planner import Plan, assign, buffer_bytes, build_plan, step_elements
 from distmerge.sources.checkpoint import Checkpoint
 from distmerge.sources.resolve import Sources
 from distmerge.spec import BLOCK_ELEMENTS, DTYPES, JOB_ELEMENTS, TensorSpec
+from distmerge.sweep import Recipe, Variant
+from distmerge.trajectory import Trajectory
 from tests.support.checkpoints import write_checkpoint
 from tests.unit.recipes import average, linear, write_run
 
@@ -50,8 +52,10 @@ def planned(
     config = Config(
         merge_method="average", trajectory=Trajectory(checkpoints=()), out_dtype=out_dtype
     )
-    sources = Sources(checkpoints=found, donor=donor, coefficients=weights)
-    return build_plan(config, sources, shard_bytes=shard_bytes)
+    everyone = tuple(range(len(found)))
+    sources = Sources(checkpoints=found, donor=donor, inputs=(everyone,), rows=(weights,))
+    recipe = Recipe(variants=(Variant("", {}, config),))
+    return build_plan(recipe, sources, shard_bytes=shard_bytes)
 
 
 tensors = st.dictionaries(
@@ -102,7 +106,7 @@ def test_more_ranks_than_jobs_leave_some_without_work() -> None:
 
 def test_nothing_in_a_plan_knows_the_number_of_ranks() -> None:
     assert [field.name for field in fields(Plan)] == [
-        "inputs", "donor", "tensors", "shards", "jobs", "widths", "digest",
+        "inputs", "donor", "outputs", "tensors", "shards", "jobs", "widths", "digest",
     ]  # fmt: skip
     plan = planned({"a": ("F32", 10**8)})
     before = hash((plan.tensors, plan.shards, plan.jobs, plan.digest))
@@ -211,7 +215,7 @@ def test_the_least_budget_is_not_rounded_down() -> None:
     plan = planned(BASE)
     for inputs in range(800, 900, 7):
         tensor = plan.tensors[0]
-        rule = tensor.rule._replace(inputs=(0,) * inputs, coefficients=(1.0,) * inputs)
+        rule = tensor.rule._replace(inputs=(0,) * inputs, coefficients=((1.0,) * inputs,))
         wide = replace(plan, tensors=(tensor._replace(rule=rule),))
         with pytest.raises(OutputError) as caught:
             step_elements(wide, 10**6)

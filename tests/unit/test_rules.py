@@ -11,12 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import distmerge
-from distmerge.config import Config, Missing, Trajectory
+from distmerge.config import Config, Missing
 from distmerge.document import Plain
 from distmerge.errors import ConfigError, MismatchError
 from distmerge.rules import contents
 from distmerge.sources.checkpoint import Checkpoint
 from distmerge.sources.resolve import Sources
+from distmerge.sweep import Recipe, Variant
+from distmerge.trajectory import Trajectory
 from distmerge.spec import DTYPES, Rule, TensorSpec
 from tests.support.checkpoints import read_output, write_checkpoint
 from tests.unit.recipes import linear
@@ -44,7 +46,7 @@ def three(tmp_path: Path) -> list[Path]:
 
 def rules(recipe: dict[str, Plain]) -> Rules:
     return {
-        t.name: (t.rule.kind, dict(zip(t.rule.inputs, t.rule.coefficients, strict=False)))
+        t.name: (t.rule.kind, dict(zip(t.rule.inputs, *(t.rule.coefficients or [()]), strict=False)))
         for t in distmerge.plan(recipe).tensors
     }
 
@@ -143,7 +145,7 @@ def test_integers_that_differ_come_from_the_donor_if_asked(tmp_path: Path) -> No
     models = [write(tmp_path / str(i), x=full(i), n=torch.tensor([i])) for i in range(3)]
     recipe = linear(dict.fromkeys(models, 1), non_float="donor", base_model=str(models[1]))
     found = distmerge.plan(recipe).tensors
-    assert {t.name: t.rule for t in found}["n"] == Rule("copy", (1,), ())
+    assert {t.name: t.rule for t in found}["n"] == Rule("copy", (1,))
     distmerge.merge(recipe, tmp_path / "out")
     assert read_output(tmp_path / "out")["n"].tolist() == [1]
 
@@ -154,7 +156,7 @@ def test_an_integer_that_one_input_holds_is_copied(tmp_path: Path) -> None:
         write(tmp_path / "1", x=full(1), n=torch.ones(1).int()),
     ]
     found = distmerge.plan(linear(dict.fromkeys(models, 1), missing="present")).tensors
-    assert {t.name: t.rule for t in found}["n"] == Rule("copy", (1,), ())
+    assert {t.name: t.rule for t in found}["n"] == Rule("copy", (1,))
 
 
 @pytest.mark.parametrize(
@@ -205,10 +207,12 @@ def test_no_tensor_is_lost_and_every_sum_keeps_its_weight(
     )  # fmt: skip
     donor = data.draw(st.integers(0, len(held) - 1))
     config = Config(merge_method="average", trajectory=Trajectory(checkpoints=()), missing=missing)
-    sources = Sources(checkpoints=opened, donor=donor, coefficients=weights)
+    everyone = tuple(range(len(opened)))
+    sources = Sources(checkpoints=opened, donor=donor, inputs=(everyone,), rows=(weights,))
+    recipe = Recipe(variants=(Variant("", {}, config),))
     everything = set.union(*held)
     try:
-        found = contents(config, sources)
+        found = contents(recipe, sources)
     except MismatchError:
         assert missing != "present"
         assert any(names != everything for names in held)
@@ -219,4 +223,4 @@ def test_no_tensor_is_lost_and_every_sum_keeps_its_weight(
         assert all(content.name in held[i] for i in rule.inputs)
         copied = missing == "donor" and rule.inputs == (donor,)
         total = 1.0 if copied and len(held) > 1 else math.fsum(weights)
-        assert math.fsum(rule.coefficients) == pytest.approx(total)
+        assert math.fsum(rule.coefficients[0]) == pytest.approx(total)

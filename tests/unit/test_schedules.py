@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distmerge.config import Schedule
+from distmerge.trajectory import Schedule
 from distmerge.errors import ConfigError
 from distmerge.schedules import coefficients, normalized
 

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import distmerge
-from distmerge.config import Trajectory
 from distmerge.document import Plain
 from distmerge.errors import ConfigError, SourceError
 from distmerge.schedules import select, step_of
+from distmerge.trajectory import Trajectory
 from tests.support.checkpoints import write_checkpoint
 from tests.unit.recipes import average, write_run
 
@@ -140,7 +140,7 @@ def test_a_list_is_put_in_numeric_order_too(tmp_path: Path) -> None:
     recipe = average(given_order, schedule={"weights": [0.5, 0.25, 0.125]})
     plan = distmerge.plan(recipe)
     assert steps_of(recipe) == [1, 2, 10]
-    assert plan.tensors[0].rule.coefficients == (0.5, 0.25, 0.125)
+    assert plan.tensors[0].rule.coefficients == ((0.5, 0.25, 0.125),)
 
 
 def test_names_without_steps_keep_their_order(tmp_path: Path) -> None:
@@ -215,6 +215,6 @@ def test_the_base_model_of_a_trajectory_gives_the_config_and_no_weight(tmp_path:
     base = write_checkpoint(tmp_path / "base", {"a": torch.ones(2)})
     plan = distmerge.plan({**average(pattern), "base_model": str(base)})
     assert (plan.donor, len(plan.inputs)) == (2, 3)
-    assert plan.tensors[0].rule == ("sum", (0, 1), (0.5, 0.5))
+    assert plan.tensors[0].rule == ("sum", (0, 1), ((0.5, 0.5),))
     within = distmerge.plan({**average(pattern), "base_model": str(tmp_path / "step-1")})
     assert (within.donor, len(within.inputs)) == (0, 2)

@@ -1,0 +1,130 @@
+"""The statistic of a trajectory: Gram matrices of its checkpoints, whole and by module; its file.
+
+A matrix that was once computed serves every step, window and stride. So it is kept with the
+output, and in a cache beside it under a key of all that it depends on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from distmerge.log import LOGGER
+from distmerge.output import versions
+from distmerge.planner import Plan
+
+CACHE = ".distmerge"
+"""Folder beside OUT."""
+
+MODULE_PAIRS = 2**20
+"""Products of two checkpoints, over all modules, that are kept at most: some 200 MB."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gram:
+    """T x T, float64: products of the checkpoints' differences to the last of them.
+
+    `by_module` has the same for the tensors of each module, M x T x T, in the order of `modules`;
+    `elements` are the modules' sizes.
+    """
+
+    matrix: torch.Tensor
+    by_module: torch.Tensor
+    modules: tuple[str, ...]
+    elements: tuple[int, ...]
+
+
+def modules(names: Sequence[str], checkpoints: int) -> list[str]:
+    """The module that each tensor is counted to, as fine as MODULE_PAIRS allows.
+
+    'model.layers.3.mlp.up.weight' is in 'model.layers.3.mlp', else in 'model.layers.3', else in
+    'model.layers'.
+    """
+    found: list[str] = []
+    for depth in (1, 0, -1):
+        found = [_module(name, depth) for name in names]
+        if len(set(found)) * checkpoints**2 <= MODULE_PAIRS:
+            break
+    return found
+
+
+def _module(name: str, depth: int) -> str:
+    parts = name.split(".")
+    layer = next((i for i, part in enumerate(parts[:-1]) if part.isdigit()), None)
+    if layer is None:
+        return ".".join(parts[:-1]) or name
+    return ".".join(parts[: min(layer + 1 + depth, len(parts) - 1)])
+
+
+def save(gram: Gram, path: Path) -> None:
+    """Write the file under its own name only once it is whole."""
+    names = json.dumps({"modules": gram.modules, "elements": gram.elements})
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    tensors = {"gram": gram.matrix, "modules": gram.by_module.contiguous()}
+    save_file(tensors, temporary, metadata={"distmerge": names})
+    temporary.replace(path)
+
+
+def load(path: Path) -> Gram:
+    """Read what `save` wrote. Raises OSError or ValueError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = json.loads((file.metadata() or {})["distmerge"])
+            matrix, by_module = file.get_tensor("gram"), file.get_tensor("modules")
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a statistic of distmerge ({error})") from error
+    return Gram(
+        matrix=matrix,
+        by_module=by_module,
+        modules=tuple(names["modules"]),
+        elements=tuple(names["elements"]),
+    )
+
+
+def cache_path(out: Path, plan: Plan) -> Path:
+    """Where the statistic of `plan` lies beside `out`: under a hash of all that it depends on.
+
+    The headers, sizes and times that fingerprint an input could be the same for other contents, if
+    somebody set the times. So the inode and the time of its last change count too, which nobody
+    can set.
+    """
+    tensors = [tensor.name for tensor in plan.tensors if tensor.rule.kind == "trend"]
+    rule = next(tensor.rule for tensor in plan.tensors if tensor.rule.kind == "trend")
+    digest = hashlib.sha256(json.dumps([tensors, versions()]).encode())
+    for i in rule.inputs:
+        for file in plan.inputs[i].files:
+            found = file.path.stat()
+            digest.update(
+                f"{file.path} {file.sha256} {found.st_size} {found.st_mtime_ns} "
+                f"{found.st_ctime_ns} {found.st_ino} {found.st_dev}\\n".encode()
+            )
+    return out.parent / CACHE / f"gram-{digest.hexdigest()[:32]}.safetensors"
+
+
+def cached(path: Path) -> Gram | None:
+    """What lies at `path`; None without it, or (with a warning) where it can't be read."""
+    if not path.is_file():
+        return None
+    try:
+        return load(path)
+    except (OSError, ValueError) as error:
+        LOGGER.warning("%s: can't be used (%s); the statistic is computed again", path, error)
+        return None
+
+
+def keep(gram: Gram, paths: Iterable[Path]) -> None:
+    """Save `gram`; where a disk refuses a copy, that costs time later and nothing now."""
+    for path in paths:
+        try:
+            path.parent.mkdir(exist_ok=True)
+            save(gram, path)
+        except OSError as error:
+            LOGGER.warning("%s: can't be written: %s", path, error.strerror)

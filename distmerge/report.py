@@ -1,0 +1,249 @@
+"""OUT/report: the page, the plots and the numbers of a run, made from what lies in OUT.
+
+gram.safetensors (the statistic) and scores.json (the choice) are primary, as are the manifests;
+report.json, the plots and report.html follow from them and can be made again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distmerge import gram as grams
+from distmerge.config import Config, parse_config
+from distmerge.document import Plain, load
+from distmerge.errors import DistmergeError, OutputError
+from distmerge.gram import Gram
+from distmerge.methods.extrapolate import Trend, cosines, null_shares, plane
+from distmerge.output import MANIFEST, OUTPUTS, replace_link, replace_text
+from distmerge.trend import Setting, find_trends, setting
+
+FOLDER = "report"
+GRAM = "gram.safetensors"
+SCORES = "scores.json"
+NUMBERS = "report.json"
+PAGE = "report.html"
+BEST = "best"
+
+Numbers = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Made:
+    """One output: its name, the inputs that its manifest lists, its recipe."""
+
+    name: str
+    inputs: list[dict[str, Any]]
+    recipe: dict[str, Any]
+
+    @property
+    def values(self) -> dict[str, Plain]:
+        """The swept values, which the name holds."""
+        pairs = [part.partition("=") for part in self.name.split(",") if part]
+        return {key: _number(value) for key, _, value in pairs}
+
+    @property
+    def config(self) -> Config:
+        """The recipe; its checkpoints may be gone, and nobody asks for them here."""
+        trajectory = {**self.recipe["trajectory"], "checkpoints": "-"}
+        return parse_config(load({**self.recipe, "trajectory": trajectory, "base_model": "-"}))
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def make(out: Path) -> Path:
+    """Write report.json, the plots and report.html into `out`/report; returns the page.
+
+    Raises OutputError where `out` is not what a merge left, or its statistic is damaged.
+    """
+    from distmerge import page, plots  # noqa: PLC0415 - only here, for matplotlib takes a second
+
+    found = numbers(out)
+    folder = out / FOLDER
+    folder.mkdir(exist_ok=True)
+    replace_text(folder / NUMBERS, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    drawn = plots.draw(found, folder)
+    replace_text(folder / PAGE, page.html(found, drawn, folder))
+    return folder / PAGE
+
+
+def keep_scores(out: Path, scores: dict[str, Any]) -> None:
+    """Write the scores of a choice, and let OUT/best lead to what was chosen."""
+    (out / FOLDER).mkdir(exist_ok=True)
+    replace_text(out / FOLDER / SCORES, json.dumps(scores, indent=2) + "\n")
+    replace_link(out / BEST, scores["best"])
+
+
+def numbers(out: Path) -> Numbers:
+    """All that the report shows, from the files in `out`. Raises OutputError."""
+    outputs = _outputs(out)
+    try:
+        method = outputs[0].recipe["merge_method"]
+        gram = grams.load(out / FOLDER / GRAM) if method == "extra_merge" else None
+        scores = out / FOLDER / SCORES
+        found = _numbers(outputs, method, gram)
+        found["scores"] = json.loads(scores.read_bytes()) if scores.is_file() else None
+    except (OSError, ValueError, KeyError, TypeError, DistmergeError) as error:
+        raise OutputError(f"{out}: no report can be made: {error}") from error
+    return found
+
+
+def _outputs(out: Path) -> list[_Made]:
+    top = _manifest(out)
+    names = top.get(OUTPUTS, [""])
+    made = []
+    for name in names:
+        manifest = _manifest(out / name) if name else top
+        try:
+            made.append(_Made(name=name, inputs=manifest["inputs"], recipe=manifest["recipe"]))
+        except KeyError as error:
+            raise OutputError(f"{out / name / MANIFEST}: {error} is missing") from error
+    return made
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        raise OutputError(f"{path}: can't be read: {error.strerror}; is {folder} an output of "
+                          "distmerge?") from error  # fmt: skip
+    except ValueError as error:
+        raise OutputError(f"{path}: not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise OutputError(f"{path}: not a JSON object")
+    return found
+
+
+def _numbers(outputs: Sequence[_Made], method: str, gram: Gram | None) -> Numbers:
+    checkpoints = _checkpoints(outputs)
+    listed: list[Numbers] = [
+        {"name": made.name, "values": made.values, "trend": None, "coefficients": []}
+        for made in outputs
+    ]
+    trends: list[Numbers] = []
+    if gram is not None:
+        checkpoints = checkpoints[: len(gram.matrix)]
+        trends = _trends(outputs, listed, gram, checkpoints)
+    elif method == "average":
+        for made, entry in zip(outputs, listed, strict=True):
+            entry["coefficients"] = _weights(made, checkpoints)
+    what = "checkpoints" if method != "linear" else "models"
+    names = {"extra_merge": "Extra-Merge", "average": "Average", "linear": "Weighted sum"}
+    return {
+        "title": f"{names[method]} of {len(checkpoints)} {what}",
+        "method": method,
+        "checkpoints": [
+            {"label": Path(entry["model"]).name, "step": entry["step"]} for entry in checkpoints
+        ],
+        "outputs": listed,
+        "trends": trends,
+    }
+
+
+def _checkpoints(outputs: Sequence[_Made]) -> list[dict[str, Any]]:
+    """The inputs of all outputs, each once, in ascending order where they have steps."""
+    found = {entry["folder"]: entry for made in outputs for entry in made.inputs}
+    entries = list(found.values())
+    if all(entry["step"] is not None for entry in entries):
+        entries.sort(key=lambda entry: entry["step"])
+    return entries
+
+
+def _weights(made: _Made, checkpoints: Sequence[dict[str, Any]]) -> list[float]:
+    weights = made.recipe["trajectory"]["schedule"]["weights"]
+    own = [entry["folder"] for entry in made.inputs]
+    by_folder = dict(zip(own, weights, strict=False))
+    return [by_folder.get(entry["folder"], 0.0) for entry in checkpoints]
+
+
+def _trends(
+    outputs: Sequence[_Made],
+    listed: Sequence[Numbers],
+    gram: Gram,
+    checkpoints: Sequence[dict[str, Any]],
+) -> list[Numbers]:
+    """The numbers of each trend; fills in which output belongs to which."""
+    configs = [made.config for made in outputs]
+    trends = find_trends(configs, gram.matrix, [entry["model"] for entry in checkpoints])
+    order = list(trends)
+    for config, entry in zip(configs, listed, strict=True):
+        key = setting(config)
+        assert config.extrapolation is not None, "find_trends has looked"
+        intervals = config.extrapolation.intervals(len(trends[key].merging))
+        entry["trend"] = order.index(key)
+        entry["coefficients"] = list(trends[key].coefficients(intervals))
+    steps = [entry["step"] for entry in checkpoints]
+    return [
+        {
+            **_described(key, trends[key], steps),
+            "plane": _plane(gram, trends[key], number, listed),
+            "cosines": _cosines(gram, trends[key]),
+            "modules": _modules(gram, trends[key]),
+        }
+        for number, key in enumerate(order)
+    ]
+
+
+def _described(key: Setting, trend: Trend, steps: Sequence[int | None]) -> Numbers:
+    last = [int(row.nonzero()[-1]) for row in trend.merging]
+    null_raw, null_merged = null_shares(trend.merging)
+    return {
+        "label": str(key),
+        "window": key.window,
+        "stride": key.stride,
+        "direction": key.direction,
+        "merged_steps": [number if steps[i] is None else steps[i] for number, i in enumerate(last)],
+        "explained": {
+            "raw": trend.raw.tolist(),
+            "merged": trend.merged.tolist(),
+            "null_raw": null_raw.tolist(),
+            "null_merged": null_merged.tolist(),
+        },
+        "interval": trend.length,
+    }
+
+
+def _plane(gram: Gram, trend: Trend, number: int, listed: Sequence[Numbers]) -> Numbers:
+    own = [i for i, entry in enumerate(listed) if entry["trend"] == number]
+    rows = torch.tensor([listed[i]["coefficients"] for i in own], dtype=torch.float64)
+    eye = torch.eye(len(gram.matrix), dtype=torch.float64)
+    return {
+        "axes": ["along the direction", "leading component across it"],
+        "raw": plane(gram.matrix, trend, eye).tolist(),
+        "merged": plane(gram.matrix, trend, trend.merging).tolist(),
+        "outputs": [
+            {"output": i, "at": at}
+            for i, at in zip(own, plane(gram.matrix, trend, rows).tolist(), strict=True)
+        ],
+    }
+
+
+def _cosines(gram: Gram, trend: Trend) -> Numbers:
+    eye = torch.eye(len(gram.matrix), dtype=torch.float64)
+    return {
+        "raw": cosines(gram.matrix, eye).tolist(),
+        "merged": cosines(gram.matrix, trend.merging).tolist(),
+    }
+
+
+def _modules(gram: Gram, trend: Trend) -> list[Numbers]:
+    """How far a step of one merge interval moves each module."""
+    squares = torch.einsum("t,mtu,u->m", trend.interval, gram.by_module, trend.interval)
+    norms = squares.clamp(min=0).sqrt().tolist()
+    return [
+        {"name": name, "elements": elements, "norm": norm}
+        for name, elements, norm in zip(gram.modules, gram.elements, norms, strict=True)
+    ]

@@ -1,0 +1,224 @@
+"""One recipe, many outputs: `sweep:` over keys of the recipe, and `select:` among what comes out.
+
+sweep:                             parameters: {step: [0, 0.5, 1]}    # short for a sweep
+  trajectory.window: [4, 8]        select: {metric: loss, text: held-out.txt}
+
+Every point of the grid is a recipe of its own; all share inputs and layout, so that one pass over
+the inputs can write them all.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from distmerge.config import Config, Extrapolation, ModelEntry, parse_config
+from distmerge.document import Node, Plain, dotted, load, replaced
+from distmerge.errors import ConfigError
+from distmerge.reference import ModelRef
+from distmerge.selection import Selection, parse_selection
+from distmerge.trajectory import Trajectory
+
+MAX_OUTPUTS = 1000
+"""More are a mistake: each is a whole checkpoint."""
+
+STEP = "parameters.step"
+_WORD = re.compile(r"[\w.+-]+")
+
+
+class Variant(NamedTuple):
+    """One output: its folder in OUT ('' for OUT itself), the swept values by name, its recipe."""
+
+    name: str
+    values: dict[str, Plain]
+    config: Config
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """All outputs of one run, in order, and how one of them is chosen.
+
+    `inputs` are the checkpoints of all trajectories in ascending order, once they are selected.
+    """
+
+    variants: tuple[Variant, ...]
+    selection: Selection | None = None
+    inputs: tuple[ModelRef, ...] = ()
+
+    @property
+    def shared(self) -> Config:
+        """The first recipe: for all that a sweep can't change."""
+        return self.variants[0].config
+
+    @property
+    def baseline(self) -> int:
+        """The output that the others are compared with: a step of zero, else the first."""
+        steps = [v.config.extrapolation and v.config.extrapolation.step for v in self.variants]
+        return steps.index(0.0) if 0.0 in steps else 0
+
+
+class _Axis(NamedTuple):
+    key: str
+    values: tuple[int | float | str, ...]
+    node: Node
+
+
+def load_recipe(
+    source: str | Path | dict[str, Plain], *, overrides: Sequence[str] = (), lenient: bool = False
+) -> Recipe:
+    """Read a recipe from a YAML file or a mapping.
+
+    `overrides` are `dotted.key=value`; with `lenient`, unknown keys warn instead of failing.
+    Raises ConfigError with file, line and key.
+    """
+    document = source if isinstance(source, dict) else Path(source)
+    root = load(document, overrides=overrides, lenient=lenient)
+    found = root.value if isinstance(root.value, dict) else {}
+    selection = _child(root, "select") if found.get("select") is not None else None
+    axes = [*_sweep(root, found), *_step_axis(root, found, with_zero=selection is not None)]
+    variants = tuple(_variants(root, axes))
+    _check_shared(variants, axes)
+    if selection is not None and len(variants) < 2:
+        selection.fail("there is nothing to choose among; add a sweep:")
+    chosen = None if selection is None else parse_selection(selection)
+    return Recipe(variants=variants, selection=chosen)
+
+
+def _child(node: Node, key: str) -> Node:
+    assert isinstance(node.value, dict)
+    return Node(node.value[key], (*node.path, key), node.origin)
+
+
+def _sweep(root: Node, found: dict[str, Plain]) -> list[_Axis]:
+    if found.get("sweep") is None:
+        return []
+    axes = [_axis(key, node) for key, node in _lists(_child(root, "sweep"), "")]
+    for axis in axes:
+        if axis.key.split(".")[0] in ("sweep", "select", "merge_method"):
+            axis.node.fail("this key can't be swept")
+    return axes
+
+
+def _lists(node: Node, prefix: str) -> Iterator[tuple[str, Node]]:
+    """The lists in a mapping by their dotted keys; 'a.b: [1]' and 'a: {b: [1]}' are the same."""
+    if not isinstance(node.value, dict) or not node.value:
+        node.fail("expected a mapping from keys of the recipe to lists of values")
+    for key in node.value:
+        child = _child(node, key)
+        if isinstance(child.value, list):
+            yield prefix + key, child
+        else:
+            yield from _lists(child, f"{prefix}{key}.")
+
+
+def _step_axis(root: Node, found: dict[str, Plain], *, with_zero: bool) -> list[_Axis]:
+    """A list of steps, or with `with_zero` any step, is a sweep; zero stands first if added."""
+    if found.get("merge_method") != "extra_merge" or not isinstance(found.get("parameters"), dict):
+        return []
+    parameters = _child(root, "parameters")
+    assert isinstance(parameters.value, dict)
+    node, key = (_child(parameters, "step"), STEP) if "step" in parameters.value else (root, STEP)
+    if isinstance(node.value, dict) and "span" in node.value:
+        node, key = _child(node, "span"), f"{STEP}.span"
+    if isinstance(node.value, list):
+        axis = _axis(key, node)
+    elif with_zero and node is not root:
+        axis = _Axis(key, (_number(node.number()),), node)
+    else:
+        return []
+    if with_zero and 0 not in axis.values:
+        axis = axis._replace(values=(0, *axis.values))
+    return [axis]
+
+
+def _axis(key: str, node: Node) -> _Axis:
+    values = tuple(_swept(item) for item in node.items())
+    if not values:
+        node.fail("a sweep needs at least one value")
+    if len(set(values)) < len(values):
+        node.fail("a value is listed twice")
+    return _Axis(key, values, node)
+
+
+def _swept(node: Node) -> int | float | str:
+    """A number, or a word that can stand in a folder's name."""
+    if isinstance(node.value, (bool, list, dict)) or node.value is None:
+        node.fail("expected a number or a word")
+    try:
+        return _number(node.number())
+    except ConfigError:
+        if not _WORD.fullmatch(node.text()) or set(node.text()) <= {"."}:
+            node.fail("expected a number or a word of letters, digits and . + - _")
+        return node.text()
+
+
+def _number(value: float) -> int | float:
+    return int(value) if value.is_integer() and abs(value) < 1e15 else value
+
+
+def _variants(root: Node, axes: Sequence[_Axis]) -> Iterator[Variant]:
+    count = 1
+    for axis in axes:
+        count *= len(axis.values)
+    if count > MAX_OUTPUTS:
+        root.fail(f"sweep: {count} outputs are more than {MAX_OUTPUTS}")
+    names = _short_names(axes)
+    for point in itertools.product(*(axis.values for axis in axes)):
+        value = root.value
+        for axis, at in zip(axes, point, strict=True):
+            value = replaced(value, dotted(axis.key), at, f"sweep: {axis.key}")
+        config = parse_config(Node(value, root.path, root.origin))
+        values: dict[str, Plain] = dict(zip(names, point, strict=True))
+        name = ",".join(f"{key}={at}" for key, at in values.items())
+        yield Variant(name if count > 1 else "", values, config)
+
+
+def _short_names(axes: Sequence[_Axis]) -> list[str]:
+    """The last word of each key, or the whole key where two end alike."""
+    keys = [axis.key for axis in axes]
+    for number, axis in enumerate(axes):
+        if axis.key in keys[:number]:
+            axis.node.fail(f"{axis.key} is swept twice")
+    last = [key.split(".")[-1] for key in keys]
+    return [
+        short if last.count(short) == 1 else axis.key
+        for short, axis in zip(last, axes, strict=True)
+    ]
+
+
+def _check_shared(variants: Sequence[Variant], axes: Sequence[_Axis]) -> None:
+    """Raise ConfigError where a swept key changes what all outputs must share."""
+    for variant in variants[1:]:
+        if _skeleton(variant.config) != _skeleton(variants[0].config):
+            keys = ", ".join(axis.key for axis in axes)
+            raise ConfigError(
+                f"sweep: {keys}: it changes which checkpoints are read or how they are written, "
+                "not only how they are weighted; make a recipe for each"
+            )
+
+
+def _skeleton(config: Config) -> Config:
+    """`config` without what may differ between the outputs of a sweep."""
+    trajectory = config.trajectory
+    if trajectory is not None:
+        kept = Trajectory(checkpoints=trajectory.checkpoints)
+        # The statistic is that of all selected checkpoints: one selection for all outputs.
+        trajectory = (
+            replace(trajectory, window=None, stride=1, schedule=kept.schedule)
+            if config.extrapolation
+            else kept
+        )
+    extrapolation = config.extrapolation and Extrapolation(
+        step=0.0, exclude=config.extrapolation.exclude
+    )
+    return replace(
+        config,
+        trajectory=trajectory,
+        extrapolation=extrapolation,
+        models=tuple(ModelEntry(model=entry.model) for entry in config.models),
+        parameters={},
+    )
