@@ -40,7 +40,7 @@ EXTRAPOLATED, EXTRAPOLATE_RECIPE = RUN / "extrapolated", Path("configs/extra_mer
 
 BATCH = 8
 CHECKPOINT_STEPS = range(550, 1001, 15)
-WINDOWS = 256
+WINDOWS = 512
 
 
 def main() -> None:

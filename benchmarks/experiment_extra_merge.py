@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from transformers import LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.extra_merge_page import Candidate, Finding, Losses, best, write_page
 from benchmarks.training import (
+    Text,
     Trainer,
     constant_rate,
     corpus,
@@ -98,8 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parts = {"train": train, "merge": merge, "measure": measure}
-    parser.add_argument("--parts", default=",".join([*parts, "page"]))
+    parser.add_argument("--parts", default="train,merge,measure")
     parser.add_argument("--corpora", default="dictionary,python")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -107,26 +106,27 @@ def main() -> None:
     os.chdir(Path(__file__).resolve().parents[1])  # so that commands and results show no home
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
-    corpora, seeds = options.corpora.split(","), [int(seed) for seed in options.seeds.split(",")]
+    corpora, seeds = options.corpora.split(","), options.seeds.split(",")
     try:
         texts = {name: corpus(name) for name in corpora}
     except FileNotFoundError as error:
         sys.exit(str(error))
-    runs = [Run(name, seed) for seed in seeds for name in corpora]
-    for part, work in parts.items():
-        if part in options.parts:
-            work(runs)
-    if "page" in options.parts:
+    runs = [Run(name, int(seed)) for seed in seeds for name in corpora]
+    if "train" in options.parts:
+        train(runs)
+    if "merge" in options.parts:
+        merge(runs)
+    if "measure" in options.parts:
         command = shlex.join(["python", "-m", "benchmarks.experiment_extra_merge", *sys.argv[1:]])
-        sizes = {
-            name: f"{sum(len(part) for part in text)} bytes, sha256 {_digest(text)}"
-            for name, text in texts.items()
-        }
-        write_page(options.results, [finding(run) for run in runs], command, sizes)
+        described = {name: describe(text) for name, text in texts.items()}
+        write_page(options.results, [measure(run) for run in runs], command, described)
 
 
-def _digest(text: tuple[torch.Tensor, ...]) -> str:
-    return hashlib.sha256(b"".join(part.numpy().tobytes() for part in text)).hexdigest()[:16]
+def describe(text: Text) -> str:
+    """Sizes of a corpus, and a hash that tells whether two machines have the same text."""
+    digest = hashlib.sha256(b"".join(part.numpy().tobytes() for part in text)).hexdigest()
+    sizes = " + ".join(str(len(part)) for part in text)
+    return f"{sizes} bytes (training, choosing, reporting), sha256 {digest[:16]}"
 
 
 def train(runs: list[Run]) -> None:
@@ -192,42 +192,32 @@ def run_distmerge(run: Run, name: str, recipe: dict[str, Any]) -> None:
     subprocess.run([sys.executable, "-m", *command, config, run.merge(name)], check=True)
 
 
-def measure(runs: list[Run]) -> None:
-    """Measure every model of every run on all held-out windows, once."""
-    for run in runs:
-        if not (run.folder / "losses.pt").is_file():
-            losses = run_losses(run)
-            torch.save({tuple(key): value for key, value in losses.items()}, _losses(run))
-
-
-def _losses(run: Run) -> Path:
-    return run.folder / "losses.pt"
-
-
-def finding(run: Run) -> Finding:
-    """What a run gave: its losses by candidate, and the trends that distmerge reported."""
-    losses = {Candidate(*key): value for key, value in torch.load(_losses(run)).items()}
+def measure(run: Run) -> Finding:
+    """Measure every model of a run on all held-out windows."""
+    text = corpus(run.corpus)
+    halves = [spread_windows(part, HELD_OUT_WINDOWS) for part in (text.choose, text.report)]
+    windows = torch.cat(halves)
+    losses = {candidate: losses_of(path, windows) for candidate, path in models(run)}
+    for candidate, path in random_models(run, losses):
+        losses[candidate] = losses_of(path, windows)
     report = json.loads((run.merge("extrapolated") / "report/report.json").read_text())
     return Finding(run.corpus, run.seed, losses, report["trends"])
 
 
-def run_losses(run: Run) -> Losses:
-    """The loss of each candidate on each window; the first half of the windows chooses."""
-    text = corpus(run.corpus)
-    halves = [spread_windows(part, HELD_OUT_WINDOWS) for part in (text.choose, text.report)]
-    windows = torch.cat(halves)
-    known: dict[str, torch.Tensor] = {}  # a step of 0 is the average: one evaluation for both
-    losses: Losses = {}
-    for candidate, path in models(run):
-        content = b"".join(file.read_bytes() for file in sorted(path.glob("*.safetensors")))
-        digest = hashlib.sha256(content).hexdigest()
-        if digest not in known:
-            known[digest] = model_losses(load(path), windows)
-        losses[candidate] = known[digest]
-        print(f"{run.folder.name} {path.name}: {losses[candidate].mean():.4f}", flush=True)
-    for candidate, model in random_models(run, losses):
-        losses[candidate] = model_losses(model, windows)
-    return losses
+def losses_of(path: Path, windows: torch.Tensor) -> torch.Tensor:
+    """A model's loss on each window, from an earlier call if it has been measured before."""
+    files = sorted(path.glob("*.safetensors"))
+    content = b"".join([*(file.read_bytes() for file in files), windows.numpy().tobytes()])
+    # By content: a step of 0 is the average, so one evaluation serves both.
+    known = RUNS / "losses" / f"{hashlib.sha256(content).hexdigest()}.pt"
+    if not known.is_file():
+        losses = model_losses(load(path), windows)
+        print(f"{path.relative_to(RUNS)}: {losses.mean():.4f}", flush=True)
+        known.parent.mkdir(exist_ok=True)
+        torch.save(losses, known.with_suffix(".unfinished"))
+        known.with_suffix(".unfinished").rename(known)
+    found: torch.Tensor = torch.load(known)
+    return found
 
 
 def models(run: Run) -> Iterator[tuple[Candidate, Path]]:
@@ -236,30 +226,36 @@ def models(run: Run) -> Iterator[tuple[Candidate, Path]]:
     for candidate, (first, last) in decays().items():
         yield candidate, run.decay(first, last)
     for name in RECIPES:
-        out = run.merge(name)
-        for output in json.loads((out / "report/report.json").read_text())["outputs"]:
-            values = output["values"]
-            setting = values["window"] if "window" in values else next(iter(values.values()))
-            method = values.get("direction", name)
-            yield Candidate(method, setting, values.get("span")), out / output["name"]
+        manifest = json.loads((run.merge(name) / "distmerge.json").read_text())
+        for output in manifest["outputs"]:
+            yield candidate_of(name, output), run.merge(name) / output
 
 
-def random_models(run: Run, losses: Losses) -> Iterator[tuple[Candidate, LlamaForCausalLM]]:
+def candidate_of(recipe: str, output: str) -> Candidate:
+    """What the name of a sweep's output says, such as window=8,direction=secant,span=0.1."""
+    values = dict(value.split("=") for value in output.split(","))
+    if "span" not in values:
+        return Candidate(recipe, *map(float, values.values()))
+    return Candidate(values["direction"], float(values["window"]), float(values["span"]))
+
+
+def random_models(run: Run, losses: Losses) -> Iterator[tuple[Candidate, Path]]:
     """Steps in random directions, each as long as the best step that is not zero."""
-    steps = [key for key in losses if key.method == "principal" and key.step]
-    chosen = best(losses, steps)
+    chosen = best(losses, [key for key in losses if key.method == "principal" and key.step])
     paths = dict(models(run))
-    start, end = (
-        torch.nn.utils.parameters_to_vector(load(path).parameters()).double()
-        for path in (paths[Candidate("uniform", chosen.setting)], paths[chosen])
-    )
+    model = load(paths[chosen])
+    end = torch.nn.utils.parameters_to_vector(model.parameters()).double()
+    average = load(paths[Candidate("uniform", chosen.setting)])
+    start = torch.nn.utils.parameters_to_vector(average.parameters()).double()
     generator = torch.Generator().manual_seed(run.seed)
     for number in range(RANDOM_DIRECTIONS):
         direction = torch.randn(len(start), generator=generator, dtype=torch.float64)
-        model = load(paths[chosen])
         moved = start + direction * ((end - start).norm() / direction.norm())
         torch.nn.utils.vector_to_parameters(moved.float(), model.parameters())
-        yield Candidate("random", number), model
+        path = run.folder / f"random-{number}"
+        shutil.rmtree(path, ignore_errors=True)
+        save(model, path)
+        yield Candidate("random", number), path
 
 
 if __name__ == "__main__":

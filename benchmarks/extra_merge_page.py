@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.extra_merge_plots import draw
 from benchmarks.training import paired
 
 
@@ -187,8 +188,6 @@ def window_summary(findings: list[Finding], window: int) -> Numbers:
 
 def write_page(results: Path, findings: list[Finding], command: str, texts: dict[str, str]) -> None:
     """Write JSON, plots and page; the reading, which a person writes, is kept as it is."""
-    from benchmarks.extra_merge_plots import draw  # noqa: PLC0415 - only here is it needed
-
     names = list(dict.fromkeys(finding.corpus for finding in findings))
     for finding in findings:
         draws = [loss for one, loss in finding.losses.items() if one.method == "random"]

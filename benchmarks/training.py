@@ -10,7 +10,6 @@ import gzip
 import random
 import sysconfig
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +28,8 @@ from transformers import (
 CONTEXT = 128
 WARMUP = 100
 LEARNING_RATE = 2e-3
-CORPUS_CHARACTERS = 16_000_000
+TRAINING_CHARACTERS = 15_200_000
+SNIPPETS, SNIPPET_CHARACTERS = 1024, 256
 DICTIONARY = Path("/usr/share/dictd/gcide.dict.dz")
 
 Rate = Callable[[int], float]  # the learning rate of a step; steps are counted from 1
@@ -44,18 +44,21 @@ class Text(NamedTuple):
 
 
 def corpus(name: str) -> Text:
-    """Read a corpus and cut it 950 to 25 to 25.
+    """Read a corpus; short snippets from all over the part that is not trained on are held out.
 
     Raises:
         FileNotFoundError: the corpus is not on this machine; the message says how to get it.
     """
     pieces = {"python": _standard_library, "dictionary": _dictionary}[name]()
-    # Shuffled, so that the held-out end is not merely the last pages of the alphabet.
+    # Shuffled, so that what is not trained on is not merely the last pages of the alphabet.
     random.Random(0).shuffle(pieces)
-    text = "".join(pieces)[:CORPUS_CHARACTERS]
-    cuts = [0, len(text) * 950 // 1000, len(text) * 975 // 1000, len(text)]
-    parts = [text[start:stop].encode() for start, stop in pairwise(cuts)]
-    return Text(*(torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts))
+    text = "".join(pieces)
+    cut = min(TRAINING_CHARACTERS, len(text) // 2)
+    # A long stretch is one file or two, and those may be odd ones; both parts get every kind.
+    starts = [cut + (len(text) - cut) * i // SNIPPETS for i in range(SNIPPETS)]
+    snippets = [text[start : start + SNIPPET_CHARACTERS] for start in starts]
+    parts = [text[:cut], "".join(snippets[::2]), "".join(snippets[1::2])]
+    return Text(*(torch.frombuffer(bytearray(p.encode()), dtype=torch.uint8) for p in parts))
 
 
 def _standard_library() -> list[str]:

@@ -16,7 +16,7 @@ from distmerge.errors import (
     UserError,
 )
 from distmerge.inspection import Inspection, inspect
-from distmerge.pipeline import MergeResult, Options, merge, plan, report
+from distmerge.pipeline import MergeResult, Options, merge, plan, report, select
 from distmerge.planner import Plan
 from distmerge.version import __version__
 
@@ -39,4 +39,5 @@ __all__ = [
     "merge",
     "plan",
     "report",
+    "select",
 ]

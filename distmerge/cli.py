@@ -1,4 +1,4 @@
-"""The command line: merge, plan, inspect, report."""
+"""The command line: merge, plan, inspect, select, report."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import distmerge
 from distmerge import log, presentation
+from distmerge.document import Plain
 from distmerge.errors import DistmergeError
 from distmerge.launchers import detect
 from distmerge.pipeline import DEFAULT_SHARD, Options
@@ -59,6 +60,7 @@ def cli(local_rank: int | None) -> None:
     torchrun --nproc-per-node=8 -m distmerge merge CONFIG OUT
                                           the same bytes, by eight ranks
     distmerge inspect PATH                what a checkpoint holds
+    distmerge select OUT --text FILE      choose again among the outputs of a sweep
     distmerge report OUT                  the plots and the page of a merge, made again
 
     CONFIG is a YAML recipe: mergekit's for merge_method: linear, or a trajectory: for
@@ -179,6 +181,32 @@ def report(out: str) -> None:
     click.echo(distmerge.report(out))
 
 
+@cli.command()
+@click.argument("out", type=click.Path())
+@click.option("--text", metavar="PATH", help="Choose by the loss on this file or folder of text.")
+@click.option(
+    "--command", metavar="COMMAND",
+    help="Choose by the last number that this prints; {model} stands for an output's folder.",
+)  # fmt: skip
+@click.option(
+    "--goal", type=click.Choice(["min", "max"]), help="Which number of --command is best."
+)
+def select(out: str, **given: str | None) -> None:
+    """Choose again among the outputs of the sweep in OUT, as select: in a recipe does.
+
+    OUT/best then leads to the chosen one, and OUT/report shows the scores. Under a launcher the
+    ranks share the outputs.
+    """
+    rank = detect(os.environ).rank
+    log.configure(rank=rank, verbose=False, quiet=False)
+    if (given["text"] is None) == (given["command"] is None):
+        raise click.UsageError("give either --text, or --command with --goal")
+    asked: dict[str, Plain] = {key: value for key, value in given.items() if value is not None}
+    found = distmerge.select(out, {"metric": "loss", **asked} if "text" in asked else asked)
+    if rank == 0:
+        click.echo(presentation.scores_text(found))
+
+
 class _Terminated(BaseException):
     """SIGTERM: unwind, so that the temporary folder goes."""
 
@@ -196,7 +224,7 @@ def main() -> None:
         _run()
     except _Terminated:
         code = SIGTERM_CODE
-        click.echo("error: stopped by SIGTERM; nothing was left at OUT", err=True)
+        click.echo("error: stopped by SIGTERM; OUT is complete or as it was before", err=True)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
     except BaseException:

@@ -33,19 +33,21 @@ BATCH_TOKENS = 8192
 HINT = "; select: {command: ...} evaluates with any program of yours instead"
 
 
-def measure_all(world: World, selection: Selection, models: Sequence[Path]) -> list[Measured]:
+def measure_all(
+    world: World, selection: Selection, models: Sequence[Path], *, use_gpu: bool
+) -> list[Measured]:
     """Measure every model, shared among the ranks; all ranks get all results, in order.
 
     Candidate i goes to the (i mod n)-th of the ranks that can take part. Each loads a whole model.
     Raises what `measure` raises, and RunError where no rank sees the outputs.
     """
-    able = _able(world, selection, models)
+    able = _able(world, selection, models, use_gpu=use_gpu)
 
     def work() -> dict[int, Measured]:
         found = {}
         for number, model in enumerate(models):
             if able[number % len(able)] == world.rank:
-                found[number] = measure(selection, model, world.check)
+                found[number] = measure(selection, model, world.check, use_gpu=use_gpu)
                 place = f"{number + 1} of {len(models)}"
                 score = found[number].score
                 LOGGER.info("select: %s, %s: %s %.6g", model.name, place, selection.metric, score)
@@ -56,7 +58,9 @@ def measure_all(world: World, selection: Selection, models: Sequence[Path]) -> l
     return [results[number] for number in range(len(models))]
 
 
-def _able(world: World, selection: Selection, models: Sequence[Path]) -> list[int]:
+def _able(
+    world: World, selection: Selection, models: Sequence[Path], *, use_gpu: bool
+) -> list[int]:
     """The ranks that see what they need, on one kind of device: others round differently."""
 
     def look() -> str | None:
@@ -64,18 +68,26 @@ def _able(world: World, selection: Selection, models: Sequence[Path]) -> list[in
         seen = text is None or Path(text).expanduser().exists()
         if not (seen and all(model.is_dir() for model in models)):
             return None
-        return "any" if text is None else _device_name()
+        return "any" if text is None else _device_name(use_gpu=use_gpu)
 
     kinds = world.gather("select", look)
-    seen = [kind for kind in kinds if kind is not None]
-    if not seen:
-        raise RunError("select: no rank sees all outputs and the text")
-    best = next((kind for kind in seen if kind != "cpu"), "cpu")
-    return [rank for rank, kind in enumerate(kinds) if kind == best]
+
+    def choose() -> list[int]:
+        seen = [kind for kind in kinds if kind is not None]
+        if not seen:
+            raise RunError("select: no rank sees all outputs and the text")
+        best = next((kind for kind in seen if kind != "cpu"), "cpu")
+        return [rank for rank, kind in enumerate(kinds) if kind == best]
+
+    return world.together("select", choose)
 
 
 def measure(
-    selection: Selection, model: Path, check: Callable[[], None] = lambda: None
+    selection: Selection,
+    model: Path,
+    check: Callable[[], None] = lambda: None,
+    *,
+    use_gpu: bool = True,
 ) -> Measured:
     """Measure the checkpoint in the folder `model`. `check` is called often; it may raise.
 
@@ -88,7 +100,7 @@ def measure(
         return Measured(number=number)
     assert selection.text is not None
     try:
-        return _measure_loss(selection.text, model, check)
+        return _measure_loss(selection.text, model, check, _device(use_gpu=use_gpu))
     finally:
         gc.collect()  # the model's modules refer to each other
         torch.cuda.empty_cache()
@@ -115,9 +127,11 @@ def _tokens(tokenizer: Any, text: str) -> torch.Tensor:
     return torch.tensor(found, dtype=torch.int64)
 
 
-def _measure_loss(text: str, folder: Path, check: Callable[[], None]) -> Measured:
+def _measure_loss(
+    text: str, folder: Path, check: Callable[[], None], device: torch.device
+) -> Measured:
     tokens = tokenize(text, folder)
-    model = _load_model(folder)
+    model = _load_model(folder, device)
     windows = list(_windows(tokens, _window(model)))
     with _quiet(), torch.inference_mode(), _explained(folder):
         _check_vocabulary(model, tokens, folder)
@@ -151,11 +165,10 @@ def _vocabulary(model: Any) -> int:
     return size
 
 
-def _load_model(folder: Path) -> Any:
+def _load_model(folder: Path, device: torch.device) -> Any:
     """The model on its device: as stored on a GPU, in float32 on a CPU."""
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
-    device = _device()
     dtype = torch.float32 if device.type == "cpu" else "auto"
     options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     with _quiet():
@@ -246,14 +259,14 @@ def _summed(logits: torch.Tensor, targets: torch.Tensor) -> list[float]:
     return sums
 
 
-def _device() -> torch.device:
-    if not torch.cuda.is_available():
+def _device(*, use_gpu: bool) -> torch.device:
+    if not use_gpu or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", detect(os.environ).local_rank % torch.cuda.device_count())
 
 
-def _device_name() -> str:
-    device = _device()
+def _device_name(*, use_gpu: bool) -> str:
+    device = _device(use_gpu=use_gpu)
     return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 

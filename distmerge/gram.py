@@ -10,12 +10,13 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialized
 
 from distmerge.log import LOGGER
 from distmerge.output import versions
@@ -65,12 +66,18 @@ def _module(name: str, depth: int) -> str:
 
 
 def save(gram: Gram, path: Path) -> None:
-    """Write the file under its own name only once it is whole."""
+    """Write the file under its own name only once it is whole. Raises OSError."""
     names = json.dumps({"modules": gram.modules, "elements": gram.elements})
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
     tensors = {"gram": gram.matrix, "modules": gram.by_module.contiguous()}
-    save_file(tensors, temporary, metadata={"distmerge": names})
-    temporary.replace(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        # Not by save_file: its errors are none of Python's, and nobody else may read its files.
+        temporary.write_bytes(serialized(tensors, metadata={"distmerge": names}))
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def load(path: Path) -> Gram:
@@ -78,15 +85,14 @@ def load(path: Path) -> Gram:
     try:
         with safe_open(path, framework="pt") as file:
             names = json.loads((file.metadata() or {})["distmerge"])
-            matrix, by_module = file.get_tensor("gram"), file.get_tensor("modules")
-    except (SafetensorError, KeyError, TypeError) as error:
+            return Gram(
+                matrix=file.get_tensor("gram"),
+                by_module=file.get_tensor("modules"),
+                modules=tuple(names["modules"]),
+                elements=tuple(names["elements"]),
+            )
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a statistic of distmerge ({error})") from error
-    return Gram(
-        matrix=matrix,
-        by_module=by_module,
-        modules=tuple(names["modules"]),
-        elements=tuple(names["elements"]),
-    )
 
 
 def cache_path(out: Path, plan: Plan) -> Path:
@@ -104,7 +110,7 @@ def cache_path(out: Path, plan: Plan) -> Path:
             found = file.path.stat()
             digest.update(
                 f"{file.path} {file.sha256} {found.st_size} {found.st_mtime_ns} "
-                f"{found.st_ctime_ns} {found.st_ino} {found.st_dev}\\n".encode()
+                f"{found.st_ctime_ns} {found.st_ino} {found.st_dev}\n".encode()
             )
     return out.parent / CACHE / f"gram-{digest.hexdigest()[:32]}.safetensors"
 

@@ -118,8 +118,9 @@ def _of_trend(trend: Numbers) -> str:
     if not merged or not null:
         return f"{text}."
     return (
-        f"{text}; the first component holds {100 * merged[0]:.0f} % of the variance of the "
-        f"merged checkpoints, and of a random walk under the same window {100 * null[0]:.0f} %."
+        f"{text}; the first component holds {100 * merged[0]:.0f}&nbsp;% of the variance of the "
+        f"merged checkpoints, and {100 * null[0]:.0f}&nbsp;% of that of a random walk under the "
+        "same window."
     )
 
 
@@ -154,8 +155,10 @@ def _decimals(candidates: Iterable[Numbers]) -> int:
 
 
 def _scored(candidate: Numbers | None, decimals: int) -> list[str]:
+    if candidate is None:
+        return [_value(None)] * 3
     formats = {"score": f".{decimals}f", "difference": f"+.{decimals}f", "error": f".{decimals}f"}
-    return [_float(candidate and candidate[key], pattern) for key, pattern in formats.items()]
+    return [_float(candidate[key], pattern) for key, pattern in formats.items()]
 
 
 def _marks(name: str, scores: Numbers) -> str:

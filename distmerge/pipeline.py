@@ -16,18 +16,17 @@ from distmerge import gram as grams
 from distmerge import output, trend
 from distmerge import report as reports
 from distmerge.assembly import AssembleMode
+from distmerge.choice import choose, outputs_to_choose_from
 from distmerge.dist import World, join
-from distmerge.document import Plain
+from distmerge.document import Plain, load
 from distmerge.errors import ConfigError, OutputError
-from distmerge.evaluation import measure_all
 from distmerge.gram import Gram
 from distmerge.log import LOGGER, parse_bytes
 from distmerge.passes import Done, Means, merge_pass, statistic_pass
 from distmerge.planner import Plan, build_plan, solved
 from distmerge.reference import as_path
 from distmerge.resolved import as_recipe
-from distmerge.scoring import scores
-from distmerge.selection import check
+from distmerge.selection import Selection, check, parse_selection
 from distmerge.sources.reader import ReadMode
 from distmerge.sources.resolve import Sources, open_sources, pinned
 from distmerge.storage import peak_memory
@@ -45,7 +44,8 @@ class Options:
     """How to merge. Of these, only `shard_size` changes what comes out.
 
     `memory` is the budget of each rank's buffers and `shard_size` that of a shard's data, both as
-    '5GB', '500MB' or '64MiB'. `device`: auto takes the CPU, for a weighted sum waits for the disk.
+    '5GB', '500MB' or '64MiB'. `device`: auto takes the CPU, for a weighted sum waits for the disk
+    (but a GPU to choose by loss, if there is one).
     `assemble`, `read`: see docs/design.md. `progress` shows a bar or lines on standard error.
     """
 
@@ -133,7 +133,11 @@ def merge(
             )
             # A phase of its own: it begins when every rank has come so far.
             world.on_first("rename the output", lambda: output.rename(folder, target))
-        found = _choose(world, recipe, target)
+        found = None
+        if recipe.selection is not None:
+            names = [made.name for made in plan.outputs]
+            use_gpu = options.device != "cpu"
+            found = choose(world, recipe.selection, target, names, use_gpu=use_gpu)
         page = world.on_first("report", lambda: _report(recipe, target))
         peaks = world.gather("end", peak_memory)
     return MergeResult(
@@ -171,6 +175,26 @@ def plan(
 def report(out: str | Path) -> Path:
     """Make the report of the merge in `out` again; returns its page. Raises OutputError."""
     return reports.make(as_path(str(out)))
+
+
+def select(out: str | Path, selection: dict[str, Plain]) -> dict[str, Any]:
+    """Choose again among the outputs of the sweep in `out`; returns the scores.
+
+    `selection` is what `select:` says in a recipe. Call it on every rank. Links OUT/best and makes
+    the report again. Raises ConfigError, SourceError, OutputError or RunError.
+    """
+    target = as_path(str(out)).resolve()
+    with join(use_cuda=False) as world:
+
+        def prepare() -> tuple[Selection, list[str]]:
+            parsed = parse_selection(load(selection))
+            check(parsed)
+            return parsed, outputs_to_choose_from(target)
+
+        chosen, names = world.on_first("read the selection", prepare)
+        found = choose(world, chosen, target, names)
+        world.on_first("report", lambda: reports.make(target))
+    return found
 
 
 def _read(config: Document, *, overrides: Sequence[str], lenient: bool) -> Recipe:
@@ -265,25 +289,6 @@ def _carried_out(recipe: Recipe, sources: Sources) -> list[Plain]:
         row = sources.rows[number] if sources.rows else ()
         recipes.append(as_recipe(variant.config, [w for w in row if w is not None]))
     return recipes
-
-
-def _choose(world: World, recipe: Recipe, target: Path) -> dict[str, Any] | None:
-    """Measure the outputs, link the best as OUT/best; the scores, None where nothing is chosen."""
-    selection = recipe.selection
-    if selection is None:
-        return None
-    order = [recipe.baseline, *(i for i in range(len(recipe.variants)) if i != recipe.baseline)]
-    candidates = [recipe.variants[i] for i in order]
-    with single_threaded():
-        measured = measure_all(world, selection, [target / c.name for c in candidates])
-
-    def conclude() -> dict[str, Any]:
-        names, values = [c.name for c in candidates], [c.values for c in candidates]
-        found = scores(selection, names, values, measured)
-        reports.keep_scores(target, found)
-        return found
-
-    return world.on_first("choose", conclude)
 
 
 def _report(recipe: Recipe, target: Path) -> Path | None:

@@ -22,38 +22,42 @@ def summary(result: MergeResult) -> str:
     count = len(result.outputs)
     each = f"{count} outputs of " if count > 1 else ""
     seconds = result.statistic_seconds + result.pass_seconds
+    statistic = f" (statistic {result.statistic_seconds:.2f} s)" if result.statistic_seconds else ""
     lines = [
         f"{result.out}: {each}{result.tensors} tensors in {_count(result.shards, 'shard')}, "
         f"{format_bytes(result.written_bytes)}",
         f"read {format_bytes(result.read_bytes)}, wrote {format_bytes(result.written_bytes)} in "
-        f"{seconds:.2f} s ({format_bytes(moved / seconds)}/s), "
+        f"{seconds:.2f} s{statistic} ({format_bytes(moved / seconds)}/s), "
         f"{result.seconds:.2f} s in all; {ranks}, "
         f"peak memory {format_bytes(result.peak_memory)} each",
     ]
     if result.nonfinite:
         lines.append(f"warning: {result.nonfinite} values were NaN or Inf")
     if result.scores:
-        lines += _scores_table(result.scores)
+        lines += ["", scores_text(result.scores)]
     if result.report:
         lines.append(f"report: {result.report}")
     return "\n".join(lines)
 
 
-def _scores_table(scores: Described) -> list[str]:
+def scores_text(scores: Described) -> str:
     """What the selection measured, and what it says."""
-    marks = {scores["baseline"]: "baseline", scores["best"]: "best"}
+    marks = [(scores["baseline"], "baseline"), (scores["best"], "best")]
+    forms = {"score": ".5g", "difference": "+.4g", "error": ".2g"}
     rows = [
         [
             row["name"],
-            f"{row['score']:.5g}",
-            f"{row['difference']:+.4g}",
-            "" if row["error"] is None else f"{row['error']:.2g}",
-            marks.get(row["name"], ""),
+            *(_shown(row[key], form) for key, form in forms.items()),
+            ", ".join(mark for name, mark in marks if name == row["name"]),
         ]
         for row in scores["candidates"]
     ]
     header = ["output", scores["metric"], "difference", "std. err.", ""]
-    return ["", *_table(header, rows, shown=len(rows)), scores["verdict"]]
+    return "\n".join([*_table(header, rows, shown=len(rows)), str(scores["verdict"])])
+
+
+def _shown(number: float | None, form: str) -> str:
+    return "" if number is None else format(number, form)
 
 
 def describe(plan: Plan, *, ranks: int, memory: str | None) -> Described:
@@ -162,7 +166,11 @@ def _outputs_text(names: list[str]) -> list[str]:
     """Nothing for a single output, which is OUT itself."""
     if len(names) == 1:
         return []
-    return [f"Outputs: {len(names)}, each in a folder of OUT", *_table(["folder"], _rows(names)), ""]
+    return [
+        f"Outputs: {len(names)}, each in a folder of OUT",
+        *_table(["folder"], _rows(names)),
+        "",
+    ]
 
 
 def _rows(cells: list[str]) -> list[list[str]]:

@@ -16,11 +16,12 @@ import torch
 
 from distmerge import gram as grams
 from distmerge.config import Config, parse_config
-from distmerge.document import Plain, load
+from distmerge.document import load
 from distmerge.errors import DistmergeError, OutputError
 from distmerge.gram import Gram
 from distmerge.methods.extrapolate import Trend, cosines, null_shares, plane
 from distmerge.output import MANIFEST, OUTPUTS, replace_link, replace_text
+from distmerge.sweep import swept_values
 from distmerge.trend import Setting, find_trends, setting
 
 FOLDER = "report"
@@ -42,25 +43,10 @@ class _Made:
     recipe: dict[str, Any]
 
     @property
-    def values(self) -> dict[str, Plain]:
-        """The swept values, which the name holds."""
-        pairs = [part.partition("=") for part in self.name.split(",") if part]
-        return {key: _number(value) for key, _, value in pairs}
-
-    @property
     def config(self) -> Config:
         """The recipe; its checkpoints may be gone, and nobody asks for them here."""
         trajectory = {**self.recipe["trajectory"], "checkpoints": "-"}
         return parse_config(load({**self.recipe, "trajectory": trajectory, "base_model": "-"}))
-
-
-def _number(text: str) -> int | float | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 def make(out: Path) -> Path:
@@ -100,12 +86,18 @@ def numbers(out: Path) -> Numbers:
     return found
 
 
+def output_names(out: Path) -> list[str]:
+    """The folders of the outputs in `out`; [''] where it is one. Raises OutputError."""
+    names = _manifest(out).get(OUTPUTS, [""])
+    if not isinstance(names, list) or any(Path(str(name)).name != name for name in names if name):
+        raise OutputError(f"{out / MANIFEST}: {OUTPUTS} is not a list of folders")
+    return names
+
+
 def _outputs(out: Path) -> list[_Made]:
-    top = _manifest(out)
-    names = top.get(OUTPUTS, [""])
     made = []
-    for name in names:
-        manifest = _manifest(out / name) if name else top
+    for name in output_names(out):
+        manifest = _manifest(out / name)
         try:
             made.append(_Made(name=name, inputs=manifest["inputs"], recipe=manifest["recipe"]))
         except KeyError as error:
@@ -130,7 +122,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 def _numbers(outputs: Sequence[_Made], method: str, gram: Gram | None) -> Numbers:
     checkpoints = _checkpoints(outputs)
     listed: list[Numbers] = [
-        {"name": made.name, "values": made.values, "trend": None, "coefficients": []}
+        {"name": made.name, "values": swept_values(made.name), "trend": None, "coefficients": []}
         for made in outputs
     ]
     trends: list[Numbers] = []

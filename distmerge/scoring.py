@@ -108,7 +108,7 @@ def scores(
         "windows": len(base.measured.counts) if loss else None,
         "candidates": [_row(one, base) for one in table],
         "baseline": base.name,
-        "best": _best(selection, finite).name,
+        "best": _chosen(selection, table).name,
         "verdict": _verdict(selection, table),
     }
 
@@ -134,6 +134,30 @@ def _best(selection: Selection, finite: Sequence[_Candidate]) -> _Candidate:
     return min(finite, key=lambda one: sign * one.measured.score)
 
 
+def _groups(table: Sequence[_Candidate]) -> tuple[list[_Candidate], list[_Candidate]]:
+    """What is to be had without extrapolation, and what has to beat it; the finite ones.
+
+    Extrapolations are held against the best average, so that none of them shines by a better
+    window or schedule alone; in other sweeps all are held against the baseline.
+    """
+    averages = [one for one in table if one.average]
+    plain = averages if 0 < len(averages) < len(table) else [table[0]]
+    rivals = [one for one in table if one not in plain]
+    return [one for one in plain if one.finite], [one for one in rivals if one.finite]
+
+
+def _chosen(selection: Selection, table: Sequence[_Candidate]) -> _Candidate:
+    """The best of those that beat the simpler ones by more than their standard error, else the
+    best of the simpler ones. Where no error is known, any gain counts."""
+    plain, rivals = _groups(table)
+    if not plain:
+        return _best(selection, rivals)
+    base = _best(selection, plain)
+    gains = [(one, _gain(selection, one, base)) for one in rivals]
+    winners = [one for one, gain in gains if gain.clear or (gain.error is None and gain.mean > 0)]
+    return _best(selection, winners or [base])
+
+
 def _gain(selection: Selection, one: _Candidate, base: _Candidate) -> Difference:
     """As `difference`, but positive where `one` is the better."""
     mean, error = difference(one.measured, base.measured)
@@ -141,25 +165,18 @@ def _gain(selection: Selection, one: _Candidate, base: _Candidate) -> Difference
 
 
 def _verdict(selection: Selection, table: Sequence[_Candidate]) -> str:
-    """In words: does the best beat what is to be had without it, by more than its standard error?
-
-    Extrapolations are held against the best average, so that none of them shines by a better
-    window or schedule alone; in other sweeps all are held against the baseline.
-    """
-    averages = [one for one in table if one.average]
-    plain = averages if 0 < len(averages) < len(table) else [table[0]]
-    rivals = [one for one in table if one not in plain and one.finite]
-    known = [one for one in plain if one.finite]
+    """In words: does the best beat what there is without it, by more than its standard error?"""
+    known, rivals = _groups(table)
+    best = _chosen(selection, table)
     if known and rivals:
         sentences = [_comparison(selection, known, rivals)]
     else:
-        best = _best(selection, known + rivals)
         score = f"{_score(selection)} {best.measured.score:.6g}"
         sentences = [f"{best.name} is best ({score}); there is nothing to hold it against."]
     if lost := [one.name for one in table if not one.finite]:
         names = ", ".join(lost)
         sentences.append(f"Never chosen, for want of a finite {_score(selection)}: {names}.")
-    if len(rivals) > 1:
+    if len(rivals) > 1 and best in rivals:
         count = len(known) + len(rivals)
         sentences.append(
             f"The best of {count} looks better on the data that chose it than elsewhere."
@@ -174,12 +191,11 @@ def _comparison(
     base, best = _best(selection, plain), _best(selection, rivals)
     gains = {one.name: _gain(selection, one, base) for one in rivals}
     gain = gains[best.name]
-    against, subject = base.name, "Nothing beats"
+    against = base.name
     if base.average:
         against = f"the {'best ' if len(plain) > 1 else ''}average ({base.name})"
-        subject = "Extrapolation does not beat"
     if gain.error is None:
-        return _without_error(selection, f"{subject} {against}", best.name, gain)
+        return _without_error(selection, best.name, against, gain)
     if gain.clear:
         times = f" ({gain.mean / gain.error:.1f} standard errors)" if gain.error else ""
         return f"{best.name} beats {against} by {_amount(gain)} nats per token{times}."
@@ -190,15 +206,13 @@ def _comparison(
             f"standard error; {clearest} does by {_amount(gains[clearest])}."
         )
     size = _amount(Difference(abs(gain.mean), gain.error))
-    way = f"is {_way(gain)} by {size} nats per token" if gain.mean else "does just as well"
+    how = "better" if gain.mean > 0 else "worse"
+    way = f"is {how} by {size} nats per token" if gain.mean else "does just as well"
+    subject = "Extrapolation does not beat" if base.average else "Nothing beats"
     return (
         f"{subject} {against} by more than its standard error: the best beside it, {best.name}, "
         f"{way}; use {base.name}."
     )
-
-
-def _way(gain: Difference) -> str:
-    return "better" if gain.mean > 0 else "worse"
 
 
 def _amount(gain: Difference) -> str:
@@ -209,13 +223,13 @@ def _amount(gain: Difference) -> str:
     return f"{gain.mean:.{digits}f} +- {gain.error:.{digits}f}"
 
 
-def _without_error(selection: Selection, failure: str, best: str, gain: Difference) -> str:
+def _without_error(selection: Selection, best: str, against: str, gain: Difference) -> str:
     """Of a command, or a text of one window: nothing tells whether numbers differ by chance."""
     loss = selection.metric == "loss"
     unit = " nats per token" if loss else ""
     why = f"{'a single window' if loss else 'a command'} gives no standard error"
     size = f"{abs(gain.mean):.3g}{unit}"
     if gain.mean > 0:
-        return f"{best} is the best, by {size}, perhaps by chance: {why}."
+        return f"{best} beats {against} by {size}, perhaps by chance: {why}."
     way = f"is worse by {size}" if gain.mean else "does just as well"
-    return f"{failure}: {best} {way} ({why})."
+    return f"Nothing beats {against}: the best beside it, {best}, {way} ({why})."

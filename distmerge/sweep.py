@@ -27,6 +27,7 @@ MAX_OUTPUTS = 1000
 """More are a mistake: each is a whole checkpoint."""
 
 STEP = "parameters.step"
+SPAN = "parameters.step.span"
 _WORD = re.compile(r"[\w.+-]+")
 
 
@@ -54,12 +55,6 @@ class Recipe:
         """The first recipe: for all that a sweep can't change."""
         return self.variants[0].config
 
-    @property
-    def baseline(self) -> int:
-        """The output that the others are compared with: a step of zero, else the first."""
-        steps = [v.config.extrapolation and v.config.extrapolation.step for v in self.variants]
-        return steps.index(0.0) if 0.0 in steps else 0
-
 
 class _Axis(NamedTuple):
     key: str
@@ -79,7 +74,9 @@ def load_recipe(
     root = load(document, overrides=overrides, lenient=lenient)
     found = root.value if isinstance(root.value, dict) else {}
     selection = _child(root, "select") if found.get("select") is not None else None
-    axes = [*_sweep(root, found), *_step_axis(root, found, with_zero=selection is not None)]
+    axes = [*_sweep(root, found), *_step_axis(root, found)]
+    if selection is not None:
+        axes = _with_zero(root, found, axes)
     variants = tuple(_variants(root, axes))
     _check_shared(variants, axes)
     if selection is not None and len(variants) < 2:
@@ -115,24 +112,40 @@ def _lists(node: Node, prefix: str) -> Iterator[tuple[str, Node]]:
             yield from _lists(child, f"{prefix}{key}.")
 
 
-def _step_axis(root: Node, found: dict[str, Plain], *, with_zero: bool) -> list[_Axis]:
-    """A list of steps, or with `with_zero` any step, is a sweep; zero stands first if added."""
+def _step_node(root: Node, found: dict[str, Plain]) -> tuple[str, Node] | None:
+    """Where the recipe says how far to step, and the key of that place."""
     if found.get("merge_method") != "extra_merge" or not isinstance(found.get("parameters"), dict):
-        return []
+        return None
     parameters = _child(root, "parameters")
     assert isinstance(parameters.value, dict)
-    node, key = (_child(parameters, "step"), STEP) if "step" in parameters.value else (root, STEP)
+    if "step" not in parameters.value:
+        return None
+    node = _child(parameters, "step")
     if isinstance(node.value, dict) and "span" in node.value:
-        node, key = _child(node, "span"), f"{STEP}.span"
-    if isinstance(node.value, list):
-        axis = _axis(key, node)
-    elif with_zero and node is not root:
-        axis = _Axis(key, (_number(node.number()),), node)
-    else:
-        return []
-    if with_zero and 0 not in axis.values:
-        axis = axis._replace(values=(0, *axis.values))
-    return [axis]
+        return SPAN, _child(node, "span")
+    return STEP, node
+
+
+def _step_axis(root: Node, found: dict[str, Plain]) -> list[_Axis]:
+    """A list of steps is short for a sweep."""
+    place = _step_node(root, found)
+    return [_axis(*place)] if place and isinstance(place[1].value, list) else []
+
+
+def _with_zero(root: Node, found: dict[str, Plain], axes: Sequence[_Axis]) -> list[_Axis]:
+    """`axes` where a step of zero is among the values, first if it was not there: to choose
+    means to choose against the plain average too."""
+    axes = list(axes)
+    place = _step_node(root, found)
+    if place and not any(axis.key in (STEP, SPAN) for axis in axes):
+        key, node = place
+        axes.append(_Axis(key, (_number(node.number()),), node))
+    return [
+        axis._replace(values=(0, *axis.values))
+        if axis.key in (STEP, SPAN) and 0 not in axis.values
+        else axis
+        for axis in axes
+    ]
 
 
 def _axis(key: str, node: Node) -> _Axis:
@@ -175,6 +188,19 @@ def _variants(root: Node, axes: Sequence[_Axis]) -> Iterator[Variant]:
         values: dict[str, Plain] = dict(zip(names, point, strict=True))
         name = ",".join(f"{key}={at}" for key, at in values.items())
         yield Variant(name if count > 1 else "", values, config)
+
+
+def swept_values(name: str) -> dict[str, Plain]:
+    """The values in the name of an output, 'window=8,step=0.5'."""
+    pairs = [part.partition("=") for part in name.split(",") if part]
+    return {key: _value(text) for key, _, text in pairs}
+
+
+def _value(text: str) -> int | float | str:
+    try:
+        return _number(float(text))
+    except ValueError:
+        return text
 
 
 def _short_names(axes: Sequence[_Axis]) -> list[str]:

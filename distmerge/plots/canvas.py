@@ -63,7 +63,6 @@ STYLE: dict[Any, Any] = {
     "axes.formatter.limits": (-4, 7),
     "text.parse_math": False,  # a file name may hold any number of dollar signs
     "text.usetex": False,
-    "savefig.dpi": "figure",
 }
 
 
@@ -103,11 +102,18 @@ def panels(figure: Figure, titles: Sequence[str]) -> list[Axes]:
     return list(grid[: len(titles)])
 
 
+def settle(figure: Figure) -> None:
+    """Lay the figure out for good, so that text can be placed by where things are on the page."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+
+
 def save(figure: Figure, folder: Path, plot: Plot) -> Plot:
     """Write the PNG under a temporary name, then rename it: nobody meets half a picture."""
     temporary = folder / f".{plot.name}.{os.getpid()}.tmp"
     try:
-        figure.savefig(temporary, format="png", metadata={"Software": None})
+        agg: Any = figure.canvas
+        agg.print_png(temporary, metadata={"Software": None})  # savefig() would lay out twice
         temporary.replace(folder / plot.name)
     finally:
         temporary.unlink(missing_ok=True)

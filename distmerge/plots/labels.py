@@ -41,12 +41,9 @@ class Place(NamedTuple):
 def place(axes: Axes, labels: Sequence[Label], paths: Sequence[Points], *, size: float) -> None:
     """Write `labels` in order of importance; one that finds no free place is left out.
 
-    `paths` (each n x 2, data coordinates) are lines that labels should not cover. To be called
-    when the figure is otherwise complete: what moves the axes afterwards moves the points only.
+    `paths` (each n x 2, data coordinates) are lines that labels should not cover. The figure must
+    be complete otherwise, and settled.
     """
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    figure.draw_without_rendering()
     pixels = [_dense(axes.transData.transform(path)) for path in paths if len(path)]
     lines = np.concatenate(pixels) if pixels else np.zeros((0, 2))
     taken: list[Bbox] = []
@@ -58,10 +55,12 @@ def place(axes: Axes, labels: Sequence[Label], paths: Sequence[Points], *, size:
 
 
 def spaced(axes: Axes, points: Points, points_apart: float) -> list[int]:
-    """Indices of points, the first and the last among them, that lie so far apart on the page."""
+    """Indices of points, the first and the last among them, that lie so far apart on the page.
+
+    The figure must be settled.
+    """
     figure = axes.get_figure(root=True)
     assert figure is not None
-    figure.draw_without_rendering()
     at = axes.transData.transform(points) * 72 / figure.dpi
     kept: list[int] = []
     for i in range(len(at)):

@@ -60,7 +60,7 @@ def draw(numbers: Numbers, folder: Path) -> Plot | None:
     caption = (
         "The root mean square change per parameter: the L2 norm of the step within a module over "
         "the square root of its number of parameters, so that large and small modules compare. "
-        "Grey: the layer has no such module."
+        "Grey: the layer has no such module, or it does not move."
     )
     return canvas.save(figure, folder, Plot("modules.png", title, caption))
 
@@ -129,6 +129,7 @@ def _layered(figure: Figure, grid: list[Axes], rows: list[Split], names: list[st
     if all(len(row.layered) == 1 for row in rows):
         for axes, row, name in zip(grid, rows, names, strict=True):
             _columns(axes, row, name)
+            axes.set_ylim(0, 1.05 * (max(filter(math.isfinite, values), default=0) or 1))
         return
     image: Any = None
     for axes, row, name in zip(grid, rows, names, strict=True):

@@ -74,8 +74,8 @@ def _near(candidates: list[Numbers], best: Numbers | None) -> float | None:
     if not sizes:
         return None
     gain = abs(best["difference"]) if best else 0.0
-    near = 2.5 * max(gain, sizes[0], median(errors) if errors else 0.0)
-    return near if sizes[-1] > SQUASHED * near / 2.5 else None
+    matters = max(gain, sizes[0], median(errors) if errors else 0.0)
+    return 2.5 * matters if sizes[-1] > SQUASHED * matters else None
 
 
 def _unit(found: Numbers) -> str:

@@ -48,6 +48,7 @@ def _side_by_side(trends: list[Numbers], numbers: Numbers, title: str) -> Figure
     for axes, trend in zip(grid, trends, strict=True):
         _paths(axes, trend)
     _legend(figure, numbers, trends[0])
+    canvas.settle(figure)
     for axes, trend in zip(grid, trends, strict=True):
         _label(axes, trend, _stars(axes, trend, numbers) + _ends(trend, numbers))
     return figure
@@ -60,6 +61,7 @@ def _with_zoom(trend: Numbers, numbers: Numbers, title: str) -> Figure:
         _paths(axes, trend)
     _zoom(end, trend)
     _legend(figure, numbers, trend)
+    canvas.settle(figure)
     _label(whole, trend, _ends(trend, numbers))
     _label(end, trend, _stars(end, trend, numbers))
     return figure

@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from distmerge.dist import join
 from distmerge.errors import PeerError, RunError
 from distmerge.evaluation import measure, measure_all
 from distmerge.scoring import Measured
 from distmerge.selection import Selection
+from distmerge.stream import single_threaded
 from tests.support.ranks import observe_ranks, run_ranks
 
 SCRIPT = """
@@ -46,7 +46,7 @@ def select(selection: Selection, models: list[Path], blind: tuple[int, ...] = ()
     """The `blind` ranks look for the candidates where there are none."""
     with join(use_cuda=False) as world:
         seen = [model / "none" for model in models] if world.rank in blind else models
-        return measure_all(world, selection, seen)
+        return measure_all(world, selection, seen, use_gpu=True)
 
 
 @pytest.mark.parametrize(("ranks", "used"), [(1, 1), (2, 2), (3, 3), (4, 3)])
@@ -69,6 +69,7 @@ def test_without_a_rank_that_sees_the_outputs_all_stop(tmp_path: Path) -> None:
     for outcome in observe_ranks(select, 2, selection, models, (0, 1)):
         assert isinstance(outcome.error, RunError), outcome.describe()
         assert str(outcome.error) == "select: no rank sees all outputs and the text"
+        assert outcome.error.reported == (outcome.rank > 0)
 
 
 def test_a_command_that_fails_on_one_rank_ends_those_of_the_others(tmp_path: Path) -> None:
@@ -90,10 +91,10 @@ def test_a_command_that_fails_on_one_rank_ends_those_of_the_others(tmp_path: Pat
 def test_the_loss_has_the_same_bits_on_any_number_of_ranks(tmp_path: Path, ranks: int) -> None:
     from tests.support.language import save_language_model  # noqa: PLC0415
 
-    torch.set_num_threads(1)  # as the ranks
     (tmp_path / "text").write_text("What the ranks are to measure. " * 20)
     selection = Selection(metric="loss", text=str(tmp_path / "text"))
     models = [save_language_model(tmp_path / f"step={seed}", seed) for seed in range(3)]
-    alone = [measure(selection, model) for model in models]
+    with single_threaded():  # as the ranks are
+        alone = [measure(selection, model) for model in models]
     assert len({measured.score for measured in alone}) == 3
     assert run_ranks(select, ranks, selection, models) == [alone] * ranks

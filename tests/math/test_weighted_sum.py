@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distmerge.methods.average import count_nonfinite
-from tests.support.kernels import weighted_sum
+from distmerge.methods.average import Terms, count_nonfinite, weighted_sums
 from distmerge.spec import BLOCK_ELEMENTS
+from tests.support.kernels import weighted_sum
 from tests.support.reference import bound, exact_sum
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -258,3 +258,75 @@ def test_the_output_may_be_part_of_a_larger_buffer() -> None:
 def test_values_that_are_not_finite_are_counted(numbers: list[float], dtype: torch.dtype) -> None:
     expected = sum(x not in (0.0, 1.0) for x in numbers)
     assert count_nonfinite(torch.tensor(numbers, dtype=dtype)) == expected
+
+
+def summed_together(
+    inputs: Sequence[torch.Tensor],
+    sums: Sequence[Terms],
+    outs: Sequence[torch.dtype],
+    block: int = 7,
+) -> list[torch.Tensor]:
+    """All `sums` from one read, each in a tensor of its own."""
+    results = [torch.full_like(inputs[0], torch.nan, dtype=dtype) for dtype in outs]
+    assert all(weighted_sums(inputs, sums, results, block=block))
+    return results
+
+
+def check_each_is_as_if_alone(
+    inputs: Sequence[torch.Tensor], sums: Sequence[Terms], outs: Sequence[torch.dtype]
+) -> None:
+    found = summed_together(inputs, sums, outs)
+    for terms, dtype, result in zip(sums, outs, found, strict=True):
+        own, values = [inputs[i] for i, _ in terms], [c for _, c in terms]
+        assert same_bits(result, summed(own, values, dtype, block=7))
+
+
+@st.composite
+def many_sums(
+    draw: st.DrawFn,
+) -> tuple[list[torch.Tensor], list[list[tuple[int, float]]], list[torch.dtype]]:
+    """Inputs of any dtypes, and sums that each take some of them, with zeros among the weights."""
+    inputs = draw(sums())[0]
+    signed = st.one_of(st.sampled_from([0.0, -0.0, 1.0, -1.0]), st.floats(-8, 8, width=32))
+    places = st.sets(st.integers(0, len(inputs) - 1), min_size=1).map(sorted)
+    terms = [
+        [(place, draw(signed)) for place in draw(places)] for _ in range(draw(st.integers(1, 6)))
+    ]
+    return inputs, terms, [draw(dtypes) for _ in terms]
+
+
+@properties
+@given(many_sums())
+def test_no_sum_depends_on_what_else_is_summed(
+    case: tuple[list[torch.Tensor], list[list[tuple[int, float]]], list[torch.dtype]],
+) -> None:
+    check_each_is_as_if_alone(*case)
+
+
+@pytest.mark.parametrize("out", DTYPES, ids=str)
+def test_a_float64_input_makes_only_its_own_sums_more_precise(out: torch.dtype) -> None:
+    inputs = tensors_like([F32, F64, BF16, F32], 100)
+    without: Terms = [(0, 0.1), (2, -0.7), (3, 1 / 3)]
+    every: Terms = [(0, 0.1), (1, 0.0), (2, -0.7), (3, 1 / 3)]
+    check_each_is_as_if_alone(inputs, [without, every, [(1, 1.0)]], [out, out, out])
+    plain, precise = summed_together(inputs, [without, every], [F64, F64])
+    assert same_bits(plain, precise)  # for a float64 output itself makes its sum precise
+    plain, precise = summed_together(inputs, [without, every], [F32, F32])
+    assert not same_bits(plain, precise)
+
+
+def test_a_sum_of_nothing_but_zeros_is_zero() -> None:
+    inputs = tensors_like([F32, BF16], 20)
+    zeros, other = summed_together(inputs, [[(0, 0.0), (1, 0.0)], [(0, 1.0)]], [F32, F32])
+    assert not zeros.any()
+    assert same_bits(other, inputs[0])
+
+
+def test_each_sum_tells_for_itself_whether_it_went_well() -> None:
+    inputs = tensors_like([F32, F32, F32], 50)
+    inputs[0][30], inputs[1][40] = 60_000, torch.nan
+    sums: list[Terms] = [[(0, 1.0), (2, 1.0)], [(0, 2.0)], [(0, 2.0)], [(1, 1.0)], [(2, -1.0)]]
+    outs = [torch.empty(50, dtype=dtype) for dtype in (F16, F16, BF16, F32, F16)]
+    for block in (7, 50):
+        assert weighted_sums(inputs, sums, outs, block=block) == [True, False, True, False, True]
+    assert [count_nonfinite(out) for out in outs] == [0, 1, 0, 1, 0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from distmerge.errors import DistmergeError, PeerError, SourceError
 from distmerge.evaluation import measure
 from distmerge.scoring import Measured, scores
 from distmerge.selection import Selection
+from distmerge.stream import single_threaded
 from tests.support.language import (
     WINDOW,
     exact_losses,
@@ -32,8 +33,12 @@ SHORT = b"A window and a bit: " + b"abc " * 14
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
+def one_thread() -> Iterator[None]:
+    """And a quick garbage collection: without all that torch and transformers have loaded."""
+    gc.freeze()
+    with single_threaded():
+        yield
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -272,15 +277,13 @@ def test_the_tokenizer_adds_nothing(tmp_path: Path, text: Path) -> None:
 
 @pytest.mark.gpu
 def test_a_gpu_measures_nearly_the_same(
-    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path: Path, text: Path) -> None:
     """In bfloat16, as stored; the CPU takes float32."""
     if not torch.cuda.is_available():
         pytest.skip("there is no GPU here")
     model = save_language_model(tmp_path / "model")
     there: Measured = measure(by_loss(text), model)
-    monkeypatch.setattr(evaluation, "_device", lambda: torch.device("cpu"))
-    here = measure(by_loss(text), model)
+    here = measure(by_loss(text), model, use_gpu=False)
     assert there.counts == here.counts
     assert there.losses != here.losses
     assert there.score == pytest.approx(here.score, rel=0.02)

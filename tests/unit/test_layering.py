@@ -18,6 +18,7 @@ LAYERS = (
     ("cli",),
     ("presentation", "__init__"),
     ("pipeline",),
+    ("choice",),
     ("passes", "report", "inspection", "evaluation"),
     ("assembly", "engine", "statistic", "page"),
     ("gram", "stream"),

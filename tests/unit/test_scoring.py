@@ -162,11 +162,10 @@ FLATTERED = " The best of {} looks better on the data that chose it than elsewhe
         (
             [losses(), losses(0.0003, 0.00092), losses(-1)],
             "Extrapolation does not beat the average (step=0) by more than its standard error: the "
-            "best beside it, step=1, is better by 0.00030 +- 0.00092 nats per token; use step=0."
-            + FLATTERED.format(3),
+            "best beside it, step=1, is better by 0.00030 +- 0.00092 nats per token; use step=0.",
         ),
         (
-            [losses(), losses(-0.5, 0.011)],
+            [losses(), losses(-0.5, 0.011), losses(-1)],
             "Extrapolation does not beat the average (step=0) by more than its standard error: the "
             "best beside it, step=1, is worse by 0.500 +- 0.011 nats per token; use step=0.",
         ),
@@ -197,8 +196,8 @@ FLATTERED = " The best of {} looks better on the data that chose it than elsewhe
         ),
         (
             [Measured((2.0,), (2,)), Measured((1.0,), (2,))],
-            "step=1 is the best, by 0.5 nats per token, perhaps by chance: a single window gives "
-            "no standard error.",
+            "step=1 beats the average (step=0) by 0.5 nats per token, perhaps by chance: a single "
+            "window gives no standard error.",
         ),
     ],
 )
@@ -211,18 +210,18 @@ def test_the_verdict_on_losses(measured: list[Measured], verdict: str) -> None:
     [
         (
             numbers(0.83, 0.85, 0.2),
-            "step=1 is the best, by 0.02, perhaps by chance: a command gives no standard error."
-            + FLATTERED.format(3),
+            "step=1 beats the average (step=0) by 0.02, perhaps by chance: a command gives no "
+            "standard error." + FLATTERED.format(3),
         ),
         (
             numbers(0.83, 0.7),
-            "Extrapolation does not beat the average (step=0): step=1 is worse by 0.13 (a command "
-            "gives no standard error).",
+            "Nothing beats the average (step=0): the best beside it, step=1, is worse by 0.13 (a "
+            "command gives no standard error).",
         ),
         (
             numbers(0.83, 0.83),
-            "Extrapolation does not beat the average (step=0): step=1 does just as well (a command "
-            "gives no standard error).",
+            "Nothing beats the average (step=0): the best beside it, step=1, does just as well (a "
+            "command gives no standard error).",
         ),
     ],
 )
@@ -234,7 +233,7 @@ def test_extrapolation_is_held_against_the_best_average() -> None:
     """Else a better window would look like a merit of the step."""
     measured = [losses(), losses(0.1), losses(0.3), losses(0.3001, 0.01)]
     found = scored(LOSS, measured, *WINDOWS)
-    assert found["best"] == "window=8,step=1"
+    assert found["best"] == "window=8,step=0"
     assert found["verdict"].startswith(
         "Extrapolation does not beat the best average (window=8,step=0) by more than"
     )
