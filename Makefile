@@ -20,7 +20,7 @@ demo: setup
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=2 -m distmerge merge configs/extra_merge.yaml runs/demo/extrapolated --overwrite
 	$(BIN)/python -m benchmarks.demo evaluate
 
-# Takes an hour and a half of one core; what has been done is kept in runs/ and not done again.
+# Takes over an hour of one core. What is done is kept in runs/experiment-extra-merge: an interrupted run goes on.
 experiment-extra-merge: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.experiment_extra_merge
 

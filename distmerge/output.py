@@ -68,8 +68,12 @@ def create_folder(out: Path, plan: Plan, token: str) -> Path:
                 f"{out.parent}: {format_bytes(needed)} are needed, {format_bytes(free)} are free"
             )
         temporary.mkdir()
-        for output in plan.outputs:
-            (temporary / output.name).mkdir(exist_ok=True)
+        try:
+            for output in plan.outputs:
+                (temporary / output.name).mkdir(exist_ok=True)
+        except OSError:
+            discard(temporary)
+            raise
     except OSError as error:
         raise OutputError(f"{out.parent}: can't be written: {error.strerror}") from error
     return temporary

@@ -36,8 +36,11 @@ def exact(value: float) -> int:
 
 
 def rounded(units: int) -> float:
-    """The float64 nearest to so many units: dividing integers rounds once."""
-    return units / (1 << _SMALLEST)
+    """The float64 nearest to so many units: dividing integers rounds once. Raises NonFiniteError."""
+    try:
+        return units / (1 << _SMALLEST)
+    except OverflowError as error:
+        raise NonFiniteError("the sum of products of differences overflows float64") from error
 
 
 class GramPass:

@@ -22,6 +22,9 @@ from distmerge.plots.reading import Numbers, shown
 LAYER = re.compile(r"(?:(?P<stack>.*?)\.)??(?P<layer>\d+)(?:\.(?P<kind>.*))?")
 """'model.layers.3.mlp': the first number is that of the layer."""
 
+LOG_BEYOND = 5.0
+"""From this ratio on the scale is logarithmic: layer norms often move far more than matrices."""
+
 MAX_KINDS = 24
 MAX_BARS = 20
 WHOLE = "whole layer"
@@ -115,10 +118,10 @@ def _height(one: Split) -> float:
 
 
 def _norm(values: list[float]) -> Normalize:
-    """From 0 where that shows the differences; logarithmic where they span decades."""
+    """From 0 where that shows the differences; logarithmic where that would hide small ones."""
     finite = [value for value in values if math.isfinite(value)]
     positive = [value for value in finite if value > 0]
-    if positive and max(positive) / min(positive) > 30:
+    if positive and max(positive) > LOG_BEYOND * min(positive):
         return LogNorm(min(positive), max(positive))
     return Normalize(0, max(finite, default=1) or 1)
 
@@ -145,11 +148,11 @@ def _layered(figure: Figure, grid: list[Axes], rows: list[Split], names: list[st
 
 
 def _decades(norm: LogNorm) -> list[float]:
-    """Ticks at powers of ten and, where these are few, at 3 times them."""
+    """Ticks at powers of ten and, where these are few, between them."""
     assert norm.vmin is not None
     assert norm.vmax is not None
     first, last = math.floor(math.log10(norm.vmin)), math.ceil(math.log10(norm.vmax))
-    factors = (1, 3) if last - first <= 3 else (1,)
+    factors = (1, 2, 5) if norm.vmax < 30 * norm.vmin else (1, 3) if last - first <= 3 else (1,)
     ticks = [f * 10.0**power for power in range(first, last + 1) for f in factors]
     return [tick for tick in ticks if norm.vmin <= tick <= norm.vmax]
 

@@ -142,7 +142,7 @@ def _stars(axes: Axes, trend: Numbers, numbers: Numbers) -> list[Label]:
     _, _, outputs = _points(trend)
     names = [clean(name, limit=28) for name in _star_names(_outputs(trend, numbers))]
     widest = max((len(name) for name in names), default=0)
-    near = spaced(axes, outputs, min(40.0, 12 + 7.0 * widest))
+    near = spaced(axes, outputs, min(40.0, 6 + 5.5 * widest))
     order = [*near[-1:], *near[:-1]]
     return [Label(outputs[i], names[i], OUTPUT) for i in order if names[i]]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import click
@@ -11,13 +12,14 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from distmerge.cli import cli
+from distmerge.config import METHODS
+from tests.support.language import save_language_model
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-NAMES = ("embed_tokens", "layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj", "lm_head")
 
 
 def blocks(language: str) -> list[str]:
@@ -29,12 +31,16 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the demo's checkpoints, in small, and the configs."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    for step in range(700, 1001, 30):
+    first = save_language_model(tmp_path / "first")
+    tensors = load_file(first / "model.safetensors")
+    for step in range(550, 1001, 15):
         folder = tmp_path / f"runs/demo/step-{step:05d}"
-        folder.mkdir(parents=True)
-        tensors = {f"model.{name}.weight": torch.full((4, 3), float(step)) for name in NAMES}
-        save_file(tensors, folder / "model.safetensors")
-        (folder / "config.json").write_text('{"torch_dtype": "float32"}')
+        shutil.copytree(first, folder)
+        random = torch.Generator().manual_seed(step)
+        moved = {n: x + 1e-3 * torch.randn(x.shape, generator=random) for n, x in tensors.items()}
+        save_file(moved, folder / "model.safetensors", metadata={"format": "pt"})
+    for name in ("choose", "report"):
+        (tmp_path / f"runs/demo/{name}.txt").write_text(README)
     return tmp_path
 
 
@@ -71,7 +77,7 @@ def test_every_file_in_configs_merges(config: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["merge", str(config), str(tmp_path / "out")])
     assert result.exit_code == 0, (result.output, result.exception)
     keys = yaml.safe_load(config.read_text())
-    assert keys["merge_method"] in ("average", "linear")
+    assert keys["merge_method"] in METHODS
 
 
 @pytest.mark.parametrize("command", sorted(cli.commands))

@@ -11,7 +11,7 @@ import torch
 import distmerge
 from distmerge import sweep
 from distmerge.document import Plain
-from distmerge.errors import ConfigError
+from distmerge.errors import ConfigError, OutputError
 from distmerge.sweep import Recipe, load_recipe, swept_values
 from tests.support.checkpoints import read_output, write_checkpoint
 from tests.unit.recipes import average, linear, write_run
@@ -77,7 +77,8 @@ def test_a_grid_runs_over_the_last_key_first() -> None:
         )
     )
     assert settings(recipe) == [
-        (4, 1, 0), (4, 1, 0.5), (4, 3, 0), (4, 3, 0.5), (8, 1, 0), (8, 1, 0.5), (8, 3, 0), (8, 3, 0.5)
+        (4, 1, 0), (4, 1, 0.5), (4, 3, 0), (4, 3, 0.5),
+        (8, 1, 0), (8, 1, 0.5), (8, 3, 0), (8, 3, 0.5),
     ]  # fmt: skip
     assert recipe.variants[3].name == "window=4,stride=3,step=0.5"
     assert recipe.variants[3].values == {"window": 4, "stride": 3, "step": 0.5}
@@ -153,8 +154,8 @@ def test_overrides_reach_the_sweep() -> None:
 
 
 def test_words_are_swept_too() -> None:
-    recipe = load_recipe(average("x", last=4, schedule={"wsm": "linear"})
-                         | {"sweep": {"trajectory.schedule.wsm": ["linear", "minus-sqrt"]}})  # fmt: skip
+    curves: Keys = {"sweep": {"trajectory.schedule.wsm": ["linear", "minus-sqrt"]}}
+    recipe = load_recipe(average("x", last=4, schedule={"wsm": "linear"}) | curves)
     assert [variant.name for variant in recipe.variants] == ["wsm=linear", "wsm=minus-sqrt"]
     schedules = [v.config.trajectory.schedule.curve for v in recipe.variants if v.config.trajectory]
     assert schedules == ["linear", "minus-sqrt"]
@@ -381,9 +382,22 @@ def test_a_value_that_the_checkpoints_do_not_allow_is_refused(tmp_path: Path) ->
         distmerge.plan(average(pattern, **weights) | {"sweep": {"trajectory.last": [2, 3]}})
 
 
+def test_items_of_a_list_are_swept_by_their_number(tmp_path: Path) -> None:
+    pattern = write_run(tmp_path, [1, 2])
+    recipe = average(pattern, schedule={"weights": [1, 1]})
+    recipe["sweep"] = {"trajectory.schedule.weights.1": [0.5, 2]}
+    assert distmerge.merge(recipe, tmp_path / "out").outputs == ("1=0.5", "1=2")
+    assert read_output(tmp_path / "out/1=2")["a"].tolist() == [5.0, 5.0]
+
+
 def test_a_name_that_no_folder_can_have_is_refused(tmp_path: Path) -> None:
-    pattern = write_run(tmp_path, [1, 2, 3])
-    long = {f"trajectory.schedule.weights.{i}": [1, 2] for i in range(3)}
-    recipe = average(pattern, schedule={"weights": [1, 1, 1]}) | {"sweep": dict(long)}
-    result = distmerge.merge(recipe, tmp_path / "out")
-    assert result.outputs[1] == "0=1,1=1,2=2"
+    write_run(tmp_path, [1])
+    recipe = linear(dict.fromkeys([tmp_path / "step-1"], 1))
+    entries = recipe["models"]
+    assert isinstance(entries, list)
+    recipe["models"] = entries * 12
+    swept: Keys = {f"models.{i}.parameters.weight": [1] for i in range(11)}
+    recipe["sweep"] = {**swept, "models.11.parameters.weight": [1, 2]}
+    with pytest.raises(OutputError, match="can't be written: File name too long"):
+        distmerge.merge(recipe, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
