@@ -132,7 +132,7 @@ def timed(section: str, state: str, name: str, command: list[str], work: Work) -
     """One fair run: nothing left to write back, the inputs in the page cache or out of it."""
     os.sync()
     for file in work.files:
-        _cache(file, warm=state == "warm")
+        set_cached(file, warm=state == "warm")
     wall, peaks, text = execute(command)
     start = time.perf_counter()
     os.sync()
@@ -145,7 +145,7 @@ def timed(section: str, state: str, name: str, command: list[str], work: Work) -
     return {**run, **seconds, "peak_bytes": peaks.bytes, "anonymous_bytes": peaks.anonymous}
 
 
-def _cache(file: Path, *, warm: bool) -> None:
+def set_cached(file: Path, *, warm: bool) -> None:
     with file.open("rb", buffering=0) as stream:
         if not warm:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -225,18 +225,18 @@ def about(options: argparse.Namespace) -> dict[str, str]:
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "command": shlex.join(["python", "benchmarks/bench_average.py", *sys.argv[1:]]),
         "models": f"3 of {options.size} in bfloat16; larger: 3 of {options.large_size}",
-        "cpu": _output("sed", "-n", "s/^model name.*: //p;T;q", "/proc/cpuinfo"),
+        "cpu": output_of("sed", "-n", "s/^model name.*: //p;T;q", "/proc/cpuinfo"),
         "cores": str(os.cpu_count()),
-        "memory": _output("sed", "-n", "s/^MemTotal: *//p", "/proc/meminfo"),
+        "memory": output_of("sed", "-n", "s/^MemTotal: *//p", "/proc/meminfo"),
         "kernel": platform.release(),
-        "filesystem": _output("df", "--output=fstype", str(options.workdir)).split()[-1],
+        "filesystem": output_of("df", "--output=fstype", str(options.workdir)).split()[-1],
         "python": platform.python_version(),
-        "distmerge, torch": _output(".venv/bin/python", "-c", VERSIONS, "distmerge", "torch"),
-        "mergekit, torch": _output(f"{MERGEKIT}/python", "-c", VERSIONS, "mergekit", "torch"),
+        "distmerge, torch": output_of(".venv/bin/python", "-c", VERSIONS, "distmerge", "torch"),
+        "mergekit, torch": output_of(f"{MERGEKIT}/python", "-c", VERSIONS, "mergekit", "torch"),
     }
 
 
-def _output(*command: str) -> str:
+def output_of(*command: str) -> str:
     code, text = subprocess.getstatusoutput(shlex.join(command))
     return "unknown" if code else text
 

@@ -165,6 +165,7 @@ def _manifest(
         "inputs": [_input(plan.inputs[i]) for i in output.inputs],
         "donor": output.inputs.index(plan.donor),
         "plan": output.digest,
+        "shard_bytes": plan.shard_bytes,
         "versions": versions(),
         "files": dict(sorted(files.items())),
     }

@@ -58,7 +58,7 @@ class Plan:
     """All that the ranks agree on. `digest` covers everything but time stamps and folders.
 
     Every output has the same tensors in the same `shards`. `widths` are the bytes that one element
-    of each tensor takes in all its inputs and outputs.
+    of each tensor takes in all its inputs and outputs, `shard_bytes` the data that a shard may hold.
     """
 
     inputs: tuple[Checkpoint, ...]
@@ -66,6 +66,7 @@ class Plan:
     outputs: tuple[Output, ...]
     tensors: tuple[OutputTensor, ...]
     shards: tuple[OutputShard, ...]
+    shard_bytes: int
     jobs: tuple[Job, ...]
     widths: tuple[int, ...]
     digest: str
@@ -137,6 +138,7 @@ def build_plan(recipe: Recipe, sources: Sources, *, shard_bytes: int) -> Plan:
         outputs=outputs,
         tensors=tuple(tensors),
         shards=tuple(shards),
+        shard_bytes=shard_bytes,
         jobs=tuple(_cut(tensors)),
         widths=_widths(sources.checkpoints, tensors, len(outputs)),
         digest=outputs[0].digest if len(outputs) == 1 else _joint_digest(outputs),

@@ -59,7 +59,7 @@ def make(out: Path) -> Path:
     found = numbers(out)
     folder = out / FOLDER
     folder.mkdir(exist_ok=True)
-    replace_text(folder / NUMBERS, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    replace_text(folder / NUMBERS, json.dumps(found, indent=1) + "\n")
     drawn = plots.draw(found, folder)
     replace_text(folder / PAGE, page.html(found, drawn, folder))
     return folder / PAGE

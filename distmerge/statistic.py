@@ -36,7 +36,10 @@ def exact(value: float) -> int:
 
 
 def rounded(units: int) -> float:
-    """The float64 nearest to so many units: dividing integers rounds once. Raises NonFiniteError."""
+    """The float64 nearest to so many units: dividing integers rounds once.
+
+    Raises NonFiniteError.
+    """
     try:
         return units / (1 << _SMALLEST)
     except OverflowError as error:
