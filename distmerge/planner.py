@@ -57,8 +57,8 @@ class Output(NamedTuple):
 class Plan:
     """All that the ranks agree on. `digest` covers everything but time stamps and folders.
 
-    Every output has the same tensors in the same `shards`. `widths` are the bytes that one element
-    of each tensor takes in all its inputs and outputs, `shard_bytes` the data that a shard may hold.
+    Every output has the same tensors in the same `shards`, which hold up to `shard_bytes` of data.
+    `widths` are the bytes that one element of each tensor takes in all its inputs and outputs.
     """
 
     inputs: tuple[Checkpoint, ...]

@@ -82,7 +82,7 @@ class Trend:
 def solve(
     gram: torch.Tensor, merging: torch.Tensor, direction: Literal["principal", "secant"]
 ) -> Trend:
-    """The trend of the raw checkpoints with Gram matrix `gram` (T x T), merged by `merging` (J x T).
+    """The trend of raw checkpoints with Gram matrix `gram` (T x T), merged by `merging` (J x T).
 
     Both are float64 on the CPU; the rows of `merging` have one sum. With `secant` the direction is
     that from the first merged checkpoint to the last. `length` is zero where there is no direction:

@@ -14,9 +14,9 @@ import torch
 
 import distmerge
 from distmerge.document import Plain
-from tests.support.kernels import weighted_sum
 from distmerge.pipeline import Options
 from tests.support.checkpoints import write_checkpoint
+from tests.support.kernels import weighted_sum
 from tests.support.reference import check_merged, check_sum, load
 
 pytestmark = [

@@ -169,5 +169,6 @@ def test_sigterm_stops_a_lone_run_with_nothing_left(trio: Trio, tmp_path: Path) 
         done = finish(under_way, timeout=30)
 
     assert done.returncode == 143
-    assert done.stderr.splitlines() == ["error: stopped by SIGTERM; OUT is complete or as it was before"]
+    said = "error: stopped by SIGTERM; OUT is complete or as it was before"
+    assert done.stderr.splitlines() == [said]
     assert list(results.iterdir()) == []

@@ -106,7 +106,8 @@ def test_more_ranks_than_jobs_leave_some_without_work() -> None:
 
 def test_nothing_in_a_plan_knows_the_number_of_ranks() -> None:
     assert [field.name for field in fields(Plan)] == [
-        "inputs", "donor", "outputs", "tensors", "shards", "shard_bytes", "jobs", "widths", "digest",
+        "inputs", "donor", "outputs", "tensors", "shards", "shard_bytes", "jobs", "widths",
+        "digest",
     ]  # fmt: skip
     plan = planned({"a": ("F32", 10**8)})
     before = hash((plan.tensors, plan.shards, plan.jobs, plan.digest))

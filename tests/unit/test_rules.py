@@ -17,9 +17,9 @@ from distmerge.errors import ConfigError, MismatchError
 from distmerge.rules import contents
 from distmerge.sources.checkpoint import Checkpoint
 from distmerge.sources.resolve import Sources
+from distmerge.spec import DTYPES, Rule, TensorSpec
 from distmerge.sweep import Recipe, Variant
 from distmerge.trajectory import Trajectory
-from distmerge.spec import DTYPES, Rule, TensorSpec
 from tests.support.checkpoints import read_output, write_checkpoint
 from tests.unit.recipes import linear
 
@@ -46,8 +46,9 @@ def three(tmp_path: Path) -> list[Path]:
 
 def rules(recipe: dict[str, Plain]) -> Rules:
     return {
-        t.name: (t.rule.kind, dict(zip(t.rule.inputs, *(t.rule.coefficients or [()]), strict=False)))
+        t.name: (t.rule.kind, dict(zip(t.rule.inputs, row, strict=False)))
         for t in distmerge.plan(recipe).tensors
+        for row in t.rule.coefficients or [()]
     }
 
 

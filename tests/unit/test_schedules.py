@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distmerge.trajectory import Schedule
 from distmerge.errors import ConfigError
 from distmerge.schedules import coefficients, normalized
+from distmerge.trajectory import Schedule
 
 UNIFORM = Schedule(kind="uniform")
 WMA = Schedule(kind="wma")
