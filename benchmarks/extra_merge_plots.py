@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ KINDS = {"trained": BLACK, "average": BLUE, "beyond": RED, "random": PURPLE, "de
 LINES = {4: (SKY, "o"), 8: (ORANGE, "s"), 16: (RED, "^")}
 
 MILLI = 1000.0  # differences are shown in thousandths of a nat
+# Beyond this, a difference is large in any case; within it lies what there is to tell apart.
+LOWEST, HIGHEST = -32.0, 32.0
+UNIT = "loss minus best average, nats per byte / 1000 (lower is better)"
 STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -32,66 +36,77 @@ STYLE: Any = {
 def draw(results: Path, corpora: dict[str, dict[str, Any]]) -> None:
     """Draw both plots with a panel for each corpus. `corpora` is as in results.json."""
     with mpl.rc_context(STYLE):
-        _steps(results / "steps.png", corpora)
-        _methods(results / "methods.png", corpora)
+        _figure(results / "steps.png", corpora, _steps, 4.4, "Loss over the step, by window")
+        _figure(results / "methods.png", corpora, _methods, 5.4, "What each method gives")
 
 
-def _panels(count: int, height: float) -> Any:
-    return plt.subplots(1, count, figsize=(5.2 * count, height), layout="constrained", sharey=True)
-
-
-def _steps(path: Path, corpora: dict[str, dict[str, Any]]) -> None:
-    figure, axes = _panels(len(corpora), 4.2)
-    panels: list[Axes] = list(axes) if len(corpora) > 1 else [axes]
-    for panel, (name, found) in zip(panels, corpora.items(), strict=True):
-        for window, (color, marker) in LINES.items():
-            points = [
-                point
-                for point in found["sweep"]
-                if (point["direction"], point["window"]) == ("principal", window)
-            ]
-            spans = [point["span"] for point in points]
-            for seed in range(found["seeds"]):
-                values = [MILLI * point["by_seed"][seed] for point in points]
-                panel.plot(spans, values, color=color, alpha=0.35, linewidth=0.8)
-            panel.errorbar(
-                spans,
-                [MILLI * point["difference"] for point in points],
-                [MILLI * point["error"] for point in points],
-                label=f"window {window}",
-                color=color,
-                marker=marker,
-                capsize=3,
-            )
-        panel.axhline(0, color=BLACK, linewidth=0.8, linestyle="--")
-        panel.set_title(name)
-        panel.set_xlabel("step beyond the average, share of the merged span")
-    panels[0].set_ylabel("loss minus best average,\nthousandths of a nat per byte")
-    panels[0].legend()
+def _figure(
+    path: Path,
+    corpora: dict[str, dict[str, Any]],
+    panel: Callable[[Axes, dict[str, Any]], None],
+    height: float,
+    title: str,
+) -> None:
+    figure, axes = plt.subplots(
+        *(1, len(corpora)),
+        figsize=(5.4 * len(corpora), height),
+        layout="constrained",
+        sharey=True,
+        squeeze=False,
+    )
+    for at, (name, found) in zip(axes[0], corpora.items(), strict=True):
+        panel(at, found)
+        at.set_title(f"{name}, {found['seeds']} seeds")
+    if labelled := axes[0][0].get_legend_handles_labels()[0]:
+        figure.legend(handles=labelled, loc="outside lower center", ncols=len(labelled))
+    figure.suptitle(title, fontweight="bold")
     figure.savefig(path)
     plt.close(figure)
 
 
-def _methods(path: Path, corpora: dict[str, dict[str, Any]]) -> None:
-    figure, axes = _panels(len(corpora), 5.0)
-    panels: list[Axes] = list(axes) if len(corpora) > 1 else [axes]
-    for panel, (name, found) in zip(panels, corpora.items(), strict=True):
-        methods = found["methods"][::-1]
-        for height, row in enumerate(methods):
-            color = KINDS[row["kind"]]
-            seeds = [MILLI * value for value in row["by_seed"]]
-            panel.plot(seeds, [height] * len(seeds), ".", color=color, alpha=0.5)
-            panel.errorbar(
-                MILLI * row["difference"],
-                height,
-                xerr=MILLI * row["error"],
-                color=color,
-                marker="o",
-                capsize=3,
-            )
-        panel.axvline(0, color=BLACK, linewidth=0.8, linestyle="--")
-        panel.set_yticks(range(len(methods)), [row["label"] for row in methods])
-        panel.set_title(name)
-        panel.set_xlabel("loss minus best average, thousandths of a nat per byte")
-    figure.savefig(path)
-    plt.close(figure)
+def _steps(panel: Axes, found: dict[str, Any]) -> None:
+    for window, (color, marker) in LINES.items():
+        points = [
+            point
+            for point in found["sweep"]
+            if (point["direction"], point["window"]) == ("principal", window)
+        ]
+        spans = [point["span"] for point in points]
+        for seed in range(found["seeds"]):
+            values = [MILLI * point["by_seed"][seed] for point in points]
+            panel.plot(spans, values, color=color, alpha=0.4, linewidth=0.8)
+        panel.errorbar(
+            spans,
+            [MILLI * point["difference"] for point in points],
+            [MILLI * point["error"] for point in points],
+            label=f"window {window} (thin: each seed)",
+            color=color,
+            marker=marker,
+            markersize=5,
+            capsize=3,
+        )
+    panel.axhline(0, color=BLACK, linewidth=0.8, linestyle="--", label="best average")
+    panel.set_ylim(-6, HIGHEST)
+    panel.set_xlabel("step beyond the window's average, share of the merged span")
+    panel.set_ylabel(UNIT.replace(", ", ",\n"))
+
+
+def _methods(panel: Axes, found: dict[str, Any]) -> None:
+    methods = found["methods"][::-1]
+    for height, row in enumerate(methods):
+        color, value = KINDS[row["kind"]], MILLI * row["difference"]
+        seeds = [MILLI * one for one in row["by_seed"]]
+        panel.plot(seeds, [height] * len(seeds), ".", color=color, alpha=0.5)
+        if not LOWEST < value < HIGHEST:
+            side = 1 if value > 0 else -1
+            panel.plot(side * (HIGHEST - 1), height, ">" if value > 0 else "<", color=color)
+            align = "right" if value > 0 else "left"
+            panel.text(side * (HIGHEST - 3), height, f"{value:+.0f}", ha=align, va="center")
+            continue
+        panel.errorbar(value, height, xerr=MILLI * row["error"], color=color, marker="o", capsize=3)
+    panel.axvline(0, color=BLACK, linewidth=0.8, linestyle="--")
+    panel.set_xlim(LOWEST, HIGHEST)
+    panel.grid(axis="y", color="#e5e5e5")
+    panel.set_axisbelow(True)
+    panel.set_yticks(range(len(methods)), [row["label"] for row in methods])
+    panel.set_xlabel(UNIT.replace(" (", "\n("))

@@ -18,11 +18,14 @@ from distmerge.errors import (
 from distmerge.inspection import Inspection, inspect
 from distmerge.pipeline import MergeResult, Options, merge, plan, report, select
 from distmerge.planner import Plan
+from distmerge.verification.manifest import Finding
+from distmerge.verification.verify import Verification, verify
 from distmerge.version import __version__
 
 __all__ = [
     "ConfigError",
     "DistmergeError",
+    "Finding",
     "Inspection",
     "MergeResult",
     "MismatchError",
@@ -34,10 +37,12 @@ __all__ = [
     "RunError",
     "SourceError",
     "UserError",
+    "Verification",
     "__version__",
     "inspect",
     "merge",
     "plan",
     "report",
     "select",
+    "verify",
 ]

@@ -42,7 +42,7 @@ class Assembly(NamedTuple):
 
 
 def choose(
-    world: World, plan: Plan, assignment: Sequence[range], folder: Path, mode: AssembleMode
+    world: World, plan: Plan, assignment: Sequence[Sequence[int]], folder: Path, mode: AssembleMode
 ) -> Assembly:
     """Ask every rank whether it sees `folder`, which rank 0 has just made.
 
@@ -75,7 +75,7 @@ def _appears(folder: Path) -> bool:
     return True
 
 
-def _first_writers(plan: Plan, assignment: Sequence[range]) -> tuple[int, ...]:
+def _first_writers(plan: Plan, assignment: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """The rank that writes a shard's first bytes: it hashes what it writes on the way."""
     owners = [0] * len(plan.shards)
     for rank, jobs in reversed(list(enumerate(assignment))):
@@ -140,5 +140,7 @@ class GatherSink:
         return [file for file in files if self._owners[file] == self._world.rank]
 
 
-def all_steps(plan: Plan, assignment: Sequence[range], elements: int) -> list[Iterator[Step]]:
+def all_steps(
+    plan: Plan, assignment: Sequence[Sequence[int]], elements: int
+) -> list[Iterator[Step]]:
     return [steps(plan, jobs, elements) for jobs in assignment]

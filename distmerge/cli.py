@@ -1,4 +1,4 @@
-"""The command line: merge, plan, inspect, select, report."""
+"""The command line: merge, plan, inspect, verify, select, report."""
 
 from __future__ import annotations
 
@@ -60,6 +60,7 @@ def cli(local_rank: int | None) -> None:
     torchrun --nproc-per-node=8 -m distmerge merge CONFIG OUT
                                           the same bytes, by eight ranks
     distmerge inspect PATH                what a checkpoint holds
+    distmerge verify OUT                  whether all of OUT is as the merge wrote it
     distmerge select OUT --text FILE      choose again among the outputs of a sweep
     distmerge report OUT                  the plots and the page of a merge, made again
 
@@ -92,6 +93,7 @@ def cli(local_rank: int | None) -> None:
     help="How to read inputs. auto: mapped where the page cache holds them, else large reads.",
 )  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace OUT if distmerge wrote it.")
+@click.option("--restart", is_flag=True, help="Throw away what an earlier attempt has done.")
 @click.option(
     "--allow-nonfinite", is_flag=True, help="Go on (and count) where inputs hold NaN or Inf."
 )
@@ -109,7 +111,8 @@ def merge(
     """Merge the checkpoints of CONFIG into the folder OUT.
 
     OUT appears when it is complete, and not before. Run it under torchrun, accelerate, deepspeed
-    or srun to share the work; the bytes do not depend on the number of ranks.
+    or srun to share the work; the bytes do not depend on the number of ranks. After a kill or a
+    failure the same command, at any number of ranks, goes on where it stopped.
 
     A recipe with sweep:, or with a list of steps, makes a checkpoint for each value in a folder of
     OUT, as OUT/step=0.5. With select:, held-out data choose one of them, and OUT/best leads to it.
@@ -124,7 +127,7 @@ def merge(
         options=Options(progress=not quiet, **options),
     )
     if rank == 0 and not quiet:
-        click.echo(presentation.summary(result))
+        _echo(presentation.summary(result))
 
 
 @cli.command()
@@ -152,7 +155,7 @@ def plan(
     log.configure(rank=0, verbose=False, quiet=False)
     found = distmerge.plan(config, overrides=overrides, lenient=lenient, shard_size=shard_size)
     described = presentation.describe(found, ranks=ranks, memory=memory)
-    click.echo(json.dumps(described, indent=2) if as_json else presentation.plan_text(described))
+    _echo(json.dumps(described, indent=2) if as_json else presentation.plan_text(described))
 
 
 @cli.command()
@@ -166,7 +169,36 @@ def inspect(path: str, as_json: bool) -> None:
     log.configure(rank=0, verbose=False, quiet=False)
     described = distmerge.inspect(path).as_plain()
     text = json.dumps(described, indent=2) if as_json else presentation.inspection_text(described)
-    click.echo(text)
+    _echo(text)
+
+
+@cli.command()
+@click.argument("out", type=click.Path())
+@click.option(
+    "--recompute", metavar="1%|all",
+    help="Merge that share of the tensors, or all, from the inputs again: compare every byte.",
+)  # fmt: skip
+@click.option(
+    "--seed", type=int, metavar="N",
+    help="Draw the tensors of --recompute with this number.  [default: from the plan's digest]",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def verify(out: str, recompute: str | None, seed: int | None, as_json: bool) -> None:
+    """Check what a merge left in OUT; list what is off and exit with 1 where something is.
+
+    Every file is read once and held against its sha256 in the manifest; headers, index, shapes and
+    dtypes against recipe and inputs. No value may be NaN or Inf, and the output must be no copy
+    of a single input. Under a launcher the ranks share the work. What can't be looked at, because
+    an input has changed or is gone, is noted.
+    """
+    rank = detect(os.environ).rank
+    log.configure(rank=rank, verbose=False, quiet=False)
+    found = distmerge.verify(out, recompute=recompute, seed=seed, progress=True)
+    if rank == 0:
+        text = presentation.verification_text(found)
+        _echo(json.dumps(found.as_plain(), indent=2) if as_json else text)
+    if not found.sound:
+        raise SystemExit(1)
 
 
 @cli.command()
@@ -178,7 +210,7 @@ def report(out: str) -> None:
     its direction explains. Needs neither the inputs nor the weights.
     """
     log.configure(rank=0, verbose=False, quiet=False)
-    click.echo(distmerge.report(out))
+    _echo(distmerge.report(out))
 
 
 @cli.command()
@@ -204,7 +236,12 @@ def select(out: str, **given: str | None) -> None:
     asked: dict[str, Plain] = {key: value for key, value in given.items() if value is not None}
     found = distmerge.select(out, {"metric": "loss", **asked} if "text" in asked else asked)
     if rank == 0:
-        click.echo(presentation.scores_text(found))
+        _echo(presentation.scores_text(found))
+
+
+def _echo(text: object, *, err: bool = False) -> None:
+    """Print `text`. Names in it may come from strangers' files: a terminal must not obey them."""
+    click.echo(log.printable_lines(str(text)), err=err)
 
 
 class _Terminated(BaseException):
@@ -224,7 +261,7 @@ def main() -> None:
         _run()
     except _Terminated:
         code = SIGTERM_CODE
-        click.echo("error: stopped by SIGTERM; OUT is complete or as it was before", err=True)
+        _echo("error: stopped by SIGTERM; OUT is complete or as it was before", err=True)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
     except BaseException:
@@ -246,9 +283,18 @@ def _run() -> None:
     try:
         cli()
     except DistmergeError as error:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the message must get out
-        if error.reported:
-            time.sleep(LEAVE_LAST)
-        else:
-            click.echo(f"error: {error}", err=True)
+        _let_others_print(told=error.reported)
+        if not error.reported:
+            _echo(f"error: {error}", err=True)
         raise SystemExit(error.exit_code) from error
+    except SystemExit as stop:
+        if stop.code:
+            _let_others_print(told=detect(os.environ).rank > 0)
+        raise
+
+
+def _let_others_print(*, told: bool) -> None:
+    """Launchers stop all ranks once one ends; `told` says that another rank prints why."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if told:
+        time.sleep(LEAVE_LAST)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,21 @@ from typing import NoReturn
 import yaml
 
 from distmerge.errors import ConfigError
-from distmerge.log import LOGGER
+from distmerge.log import LOGGER, printable
 
-MAX_NODES = 1_000_000
+MAX_BYTES = 500_000
+"""Of a recipe: ten thousand lines, and some seconds of reading."""
+
+MAX_NODES = 200_000
 """More values than this (an alias that refers to aliases that ...) are an attack or a mistake."""
+
+MAX_DEPTH = 50
+
+MAX_KEY = 200
+"""Characters."""
+
+MAX_DIGITS = 1000
+"""Characters of a number. Python takes hours for some of a million, and prints none of 4300."""
 
 MAX_NUMBER = 3.4e38
 """What float32 holds: coefficients meet tensors in float32."""
@@ -25,7 +37,7 @@ Plain = None | bool | int | float | str | list["Plain"] | dict[str, "Plain"]
 
 PathTo = tuple[str | int, ...]
 
-_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
+_TAG = "tag:yaml.org,2002:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +54,7 @@ class Origin:
             (self.lines[path[:n]] for n in range(len(path), -1, -1) if path[:n] in self.lines), ""
         )
         dotted = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
-        return f"{self.name}{line}" + (f", {dotted}" if dotted else "")
+        return f"{self.name}{line}" + (f", {printable(dotted, MAX_KEY)}" if dotted else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +145,15 @@ def load(
 
 def _read_yaml(path: Path, origin: Origin) -> Plain:
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:  # it may have no size, or no end: <(command), /dev/zero
+            raw = file.read(MAX_BYTES + 1)
+        text = raw[:MAX_BYTES].decode()
     except OSError as error:
         raise ConfigError(f"{path}: can't be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from error
+    if len(raw) > MAX_BYTES:
+        raise ConfigError(f"{path}: more than {MAX_BYTES} bytes are no recipe")
     value = _parse(text, origin)
     if value is None:
         raise ConfigError(f"{path}: the file is empty")
@@ -150,7 +166,7 @@ def _parse(text: str, origin: Origin) -> Plain:
         loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
         return None if root is None else _plain(loader, root, (), origin, iter(range(MAX_NODES)))
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise ConfigError(f"{origin.name}: not valid YAML: {_one_line(error)}") from error
     except RecursionError as error:
         raise ConfigError(f"{origin.name}: nested too deeply") from error
@@ -159,46 +175,74 @@ def _parse(text: str, origin: Origin) -> Plain:
 def _one_line(error: Exception) -> str:
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or str(error)
-    return f"line {mark.line + 1}: {problem}" if mark else " ".join(problem.split())
+    return (f"line {mark.line + 1}: " if mark else "") + printable(" ".join(problem.split()), 200)
 
 
 def _plain(
     loader: yaml.SafeLoader, node: yaml.Node, path: PathTo, origin: Origin, count: Iterator[int]
 ) -> Plain:
-    if next(count, None) is None:
-        raise ConfigError(f"{origin.name}: more than {MAX_NODES} values")
+    _take(count, origin)
+    if len(path) > MAX_DEPTH:
+        raise ConfigError(f"{origin.name}: nested too deeply")
     origin.lines[path] = f" line {node.start_mark.line + 1}"
-    if isinstance(node, yaml.CollectionNode) and node.tag not in _TAGS:
-        raise ConfigError(f"{origin.where(path)}: the tag {node.tag} is not allowed")
+    _check_tag(loader, node, origin.where(path))
     if isinstance(node, yaml.SequenceNode):
         return [_plain(loader, n, (*path, i), origin, count) for i, n in enumerate(node.value)]
     if isinstance(node, yaml.MappingNode):
-        return _plain_mapping(loader, node, path, origin, count)
+        entries = _entries(loader, node, origin, count)
+        return {k: _plain(loader, n, (*path, k), origin, count) for k, n in entries.items()}
+    if len(node.value) > MAX_DIGITS and node.tag != f"{_TAG}str":
+        raise ConfigError(f"{origin.where(path)}: not valid YAML: a number of so many digits")
     value = loader.construct_object(node)
     return value if isinstance(value, (bool, int, float, str, type(None))) else str(node.value)
 
 
-def _plain_mapping(
-    loader: yaml.SafeLoader,
-    node: yaml.MappingNode,
-    path: PathTo,
-    origin: Origin,
-    count: Iterator[int],
-) -> Plain:
+def _take(count: Iterator[int], origin: Origin) -> None:
+    if next(count, None) is None:
+        raise ConfigError(f"{origin.name}: more than {MAX_NODES} values")
+
+
+def _check_tag(loader: yaml.SafeLoader, node: yaml.Node, where: str) -> None:
+    """Raise ConfigError where a tag says that `node` is not what it looks like."""
+    if isinstance(node, yaml.ScalarNode):
+        plain = node.style is None
+        kind, implicit = yaml.ScalarNode, (plain, not plain)
+        implied = loader.resolve(kind, node.value, implicit)  # type: ignore[no-untyped-call]
+    else:
+        implied = f"{_TAG}seq" if isinstance(node, yaml.SequenceNode) else f"{_TAG}map"
+    if node.tag != implied:
+        raise ConfigError(f"{where}: the tag {printable(node.tag, 80)} is not allowed")
+
+
+def _entries(
+    loader: yaml.SafeLoader, node: yaml.MappingNode, origin: Origin, count: Iterator[int]
+) -> dict[str, yaml.Node]:
+    """The values of a mapping by key, with those that `<<: *defaults` adds and nothing replaces."""
+    own: dict[str, yaml.Node] = {}
+    merged: dict[str, yaml.Node] = {}
     seen: set[str] = set()
-    for key, _ in node.value:
-        line = key.start_mark.line + 1
-        if not isinstance(key, yaml.ScalarNode):
-            raise ConfigError(f"{origin.name} line {line}: a key must be text")
+    for key, value in node.value:
+        _take(count, origin)
+        where = f"{origin.name} line {key.start_mark.line + 1}"
+        if not isinstance(key, yaml.ScalarNode) or len(key.value) > MAX_KEY:
+            raise ConfigError(f"{where}: a key must be text of up to {MAX_KEY} characters")
+        _check_tag(loader, key, where)
         if key.value in seen:
-            raise ConfigError(f"{origin.name} line {line}: {key.value!r} stands here twice")
-        seen.add(str(key.value))
-    loader.flatten_mapping(node)  # `<<: *defaults`; what stands later counts
-    node.value = list({str(key.value): (key, value) for key, value in node.value}.values())
-    return {
-        str(key.value): _plain(loader, value, (*path, str(key.value)), origin, count)
-        for key, value in node.value
-    }
+            raise ConfigError(f"{where}: {key.value!r} stands here twice")
+        seen.add(key.value)
+        if key.tag == f"{_TAG}merge":
+            for other in reversed(_merged(value, where)):  # of several, the first counts
+                merged |= _entries(loader, other, origin, count)
+        else:
+            own[key.value] = value
+    return {**merged, **own}
+
+
+def _merged(node: yaml.Node, where: str) -> list[yaml.MappingNode]:
+    others = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    if not all(isinstance(other, yaml.MappingNode) for other in others):
+        raise ConfigError(f"{where}: expected a mapping or list of mappings for merging")
+    return list(others)
 
 
 def _override(root: Plain, override: str, origin: Origin) -> Plain:
@@ -209,6 +253,8 @@ def _override(root: Plain, override: str, origin: Origin) -> Plain:
         )
     value = _parse(text, Origin(f"--set {override}", {}, lenient=False))
     path = dotted(key)
+    if len(path) > MAX_DEPTH:
+        raise ConfigError(f"--set {printable(override, MAX_KEY)}: nested too deeply")
     for known in [p for p in origin.lines if p[: len(path)] == path]:
         del origin.lines[known]
     origin.lines[path] = " --set"
@@ -217,7 +263,7 @@ def _override(root: Plain, override: str, origin: Origin) -> Plain:
 
 def dotted(key: str) -> PathTo:
     """The path of 'models.0.parameters.weight'."""
-    return tuple(int(part) if part.isdigit() else part for part in key.split("."))
+    return tuple(int(part) if re.fullmatch("[0-9]{1,9}", part) else part for part in key.split("."))
 
 
 def replaced(node: Plain, path: PathTo, value: Plain, what: str) -> Plain:

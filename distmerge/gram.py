@@ -72,7 +72,8 @@ def save(gram: Gram, path: Path) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         # Not by save_file: its errors are none of Python's, and nobody else may read its files.
-        temporary.write_bytes(serialized(tensors, metadata={"distmerge": names}))
+        with temporary.open("xb") as file:  # through no link that somebody put there
+            file.write(serialized(tensors, metadata={"distmerge": names}))
         temporary.replace(path)
     except OSError:
         with suppress(OSError):
@@ -85,14 +86,33 @@ def load(path: Path) -> Gram:
     try:
         with safe_open(path, framework="pt") as file:
             names = json.loads((file.metadata() or {})["distmerge"])
-            return Gram(
+            found = Gram(
                 matrix=file.get_tensor("gram"),
                 by_module=file.get_tensor("modules"),
                 modules=tuple(names["modules"]),
                 elements=tuple(names["elements"]),
             )
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        if not _is_sound(found):
+            raise ValueError("its parts do not fit")
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: not a statistic of distmerge ({error})") from error
+    return found
+
+
+def _is_sound(gram: Gram) -> bool:
+    """Whether shapes, dtypes and numbers are such as `save` was given."""
+    if gram.matrix.dim() != 2:
+        return False
+    checkpoints, count = len(gram.matrix), len(gram.modules)
+    return (
+        gram.matrix.shape == (checkpoints, checkpoints)
+        and gram.by_module.shape == (count, checkpoints, checkpoints)
+        and all(m.dtype == torch.float64 for m in (gram.matrix, gram.by_module))
+        and all(bool(m.isfinite().all()) for m in (gram.matrix, gram.by_module))
+        and len(gram.elements) == count
+        and all(isinstance(name, str) for name in gram.modules)
+        and all(type(size) is int and size >= 0 for size in gram.elements)
+    )
 
 
 def cache_path(out: Path, plan: Plan) -> Path:
@@ -110,7 +130,9 @@ def cache_path(out: Path, plan: Plan) -> Path:
             found = file.path.stat()
             digest.update(
                 f"{file.path} {file.sha256} {found.st_size} {found.st_mtime_ns} "
-                f"{found.st_ctime_ns} {found.st_ino} {found.st_dev}\n".encode()
+                f"{found.st_ctime_ns} {found.st_ino} {found.st_dev}\n".encode(
+                    errors="surrogateescape"
+                )
             )
     return out.parent / CACHE / f"gram-{digest.hexdigest()[:32]}.safetensors"
 

@@ -27,10 +27,29 @@ def configure(*, rank: int, verbose: bool, quiet: bool) -> None:
         level = logging.WARNING
     handler = logging.StreamHandler(sys.stderr)
     prefix = f"[rank {rank}] " if rank or verbose else ""
-    handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
+    handler.setFormatter(_Formatter(f"{prefix}%(message)s"))
     LOGGER.handlers[:] = [handler]
     LOGGER.setLevel(level)
     LOGGER.propagate = False
+
+
+def printable(text: str, limit: int | None = None) -> str:
+    """`text` on one line: what a terminal would obey or can't show stands as an escape.
+
+    Beyond `limit` characters it is cut. Names come from strangers' files.
+    """
+    cut = text if limit is None or len(text) <= limit else f"{text[:limit]}..."
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in cut)
+
+
+def printable_lines(text: str) -> str:
+    """As `printable`, but lines stay lines."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable_lines(super().format(record))
 
 
 def parse_bytes(text: str) -> int:

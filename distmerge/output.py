@@ -20,12 +20,15 @@ from distmerge.errors import OutputError
 from distmerge.log import format_bytes
 from distmerge.planner import FORMAT, Plan, output_terms
 from distmerge.sources.checkpoint import INDEX, Checkpoint
-from distmerge.sources.sidecars import config_with_dtype, sidecars
+from distmerge.sources.sidecars import config_with_dtype, read_sidecar, sidecars
 from distmerge.version import __version__
 
 MANIFEST = "distmerge.json"
 OUTPUTS = "outputs"
 """In the manifest of a sweep: the folders of its outputs, each with a manifest of its own."""
+
+REPLACED = "-replaced"
+"""Ending of the folder with what OUT held before, until the new one has its name."""
 
 _SPARE = 64 * 2**20
 """Bytes beyond the shards that must be free: tokenizer, index, file system."""
@@ -56,37 +59,25 @@ def _check_replaceable(out: Path, *, overwrite: bool) -> None:
         )
 
 
-def create_folder(out: Path, plan: Plan, token: str) -> Path:
-    """The temporary folder beside `out`, on a disk with enough room. Raises OutputError."""
-    temporary = out.parent / f".{out.name}.distmerge-{token}"
-    needed = plan.output_bytes + _SPARE
+def create_folders(temporary: Path, plan: Plan) -> None:
+    """The folder that gets OUT's name, and one in it for each output; they may be there already.
+
+    Raises OutputError unless the disk has room for what is not there yet.
+    """
+    there = sum((temporary / file.name).is_file() and file.size for file in plan.files)
+    needed = plan.output_bytes - there + _SPARE
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out.parent).free
+        free = shutil.disk_usage(temporary.parent).free
         if free < needed:
             raise OutputError(
-                f"{out.parent}: {format_bytes(needed)} are needed, {format_bytes(free)} are free"
+                f"{temporary.parent}: {format_bytes(needed)} are needed, "
+                f"{format_bytes(free)} are free"
             )
-        temporary.mkdir()
-        try:
-            for output in plan.outputs:
-                (temporary / output.name).mkdir(exist_ok=True)
-        except OSError:
-            discard(temporary)
-            raise
+        temporary.mkdir(exist_ok=True)
+        for output in plan.outputs:
+            (temporary / output.name).mkdir(exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{out.parent}: can't be written: {error.strerror}") from error
-    return temporary
-
-
-def discard(temporary: Path) -> None:
-    """Remove what a failed attempt has written; other ranks may be doing the same."""
-    shutil.rmtree(temporary, ignore_errors=True)
-
-
-def leftovers(out: Path) -> list[Path]:
-    """Temporary folders of earlier attempts that were killed."""
-    return sorted(out.parent.glob(f".{out.name}.distmerge-*"))
+        raise OutputError(f"{temporary.parent}: can't be written: {error.strerror}") from error
 
 
 def write_sidecars(temporary: Path, plan: Plan, *, cast: bool) -> dict[str, Plain]:
@@ -101,7 +92,7 @@ def write_sidecars(temporary: Path, plan: Plan, *, cast: bool) -> dict[str, Plai
         if name == Path("config.json") and plan.main_dtype is not None:
             content = config_with_dtype(donor / name, plan.main_dtype, everywhere=cast)
         else:
-            content = (donor / name).read_bytes()
+            content = read_sidecar(donor, name)
         for output in plan.outputs:
             folder = temporary / output.name
             for parent in reversed(name.parents[:-1]):
@@ -215,7 +206,7 @@ def versions() -> dict[str, Plain]:
 
 def rename(temporary: Path, out: Path) -> None:
     """Give the complete folder its name; what `out` held before goes once that has worked."""
-    old = out.parent / f"{temporary.name}-replaced"
+    old = out.parent / f"{temporary.name}{REPLACED}"
     if out.exists() and any(out.iterdir()):
         out.rename(old)
     temporary.rename(out)
@@ -224,7 +215,7 @@ def rename(temporary: Path, out: Path) -> None:
 
 
 def _write(path: Path, content: bytes) -> dict[str, Plain]:
-    with path.open("xb") as file:
+    with path.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -234,7 +225,7 @@ def _write(path: Path, content: bytes) -> dict[str, Plain]:
 def replace_text(path: Path, content: str) -> None:
     """Write a file that people may be reading: the old one stands until the new one is whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(content, encoding="utf-8")
+    temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
     temporary.replace(path)
 
 
@@ -246,7 +237,9 @@ def replace_link(path: Path, target: str) -> None:
 
 
 def _write_json(path: Path, content: Mapping[str, Plain]) -> dict[str, Plain]:
-    return _write(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    # A file name that is not UTF-8 has lone surrogates; escaped like this they are JSON.
+    return _write(path, text.encode(errors="backslashreplace"))
 
 
 def _sync_folder(folder: Path) -> None:

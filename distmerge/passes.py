@@ -6,25 +6,27 @@ merge: every tensor of every output, on the disk.
 
 from __future__ import annotations
 
+import secrets
 import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from distmerge import output
 from distmerge.assembly import AssembleMode, Assembly, GatherSink, all_steps, choose
+from distmerge.attempt import Attempt
 from distmerge.dist import World
 from distmerge.document import Plain
 from distmerge.engine import Engine, Outcome
 from distmerge.gram import Gram
-from distmerge.log import Progress, parse_bytes
+from distmerge.journal import Journal, finished_jobs, is_sound, read_journals
+from distmerge.log import LOGGER, Progress, format_bytes, parse_bytes
 from distmerge.planner import DEFAULT_MEMORY, Plan, assign, assign_trend, step_elements
 from distmerge.sources.reader import Inputs, ReadMode
-from distmerge.statistic import GramPass, Sums, total
+from distmerge.statistic import GramPass, Snapshots, Sums, read_snapshots, total
 from distmerge.storage import free_memory
 from distmerge.stream import single_threaded
 from distmerge.writer import ShardWriter, create_shards
@@ -54,37 +56,51 @@ class Done:
 
     read_bytes: int
     seconds: float
+    written_bytes: int = 0
     nonfinite: int = 0
     shards: tuple[Plain, ...] = ()
 
 
-def statistic_pass(world: World, plan: Plan, means: Means) -> tuple[Gram, Done]:
+NOTHING = Done(read_bytes=0, seconds=0.0)
+
+
+def statistic_pass(world: World, plan: Plan, means: Means, attempt: Attempt) -> tuple[Gram, Done]:
     """The Gram matrices of the checkpoints, on every rank: the same to the bit at any number."""
     started = time.monotonic()
     elements = _agreed_elements(world, plan, means.memory)
-    jobs = assign_trend(plan, world.size)
+    known = world.on_first("look for sums", lambda: read_snapshots(attempt.state))
+    done = {job for part in known for job in part.jobs}
+    jobs = assign_trend(plan, world.size, done)[world.rank]
 
     def work() -> tuple[Sums, int]:
         passing = GramPass(plan, elements=elements, device=means.device)
-        moved = sum(plan.read_bytes(plan.jobs[number]) for number in plan.trend_jobs)
+        moved = sum(plan.read_bytes(plan.jobs[n]) for n in plan.trend_jobs if n not in done)
+        name = _own_name(world, attempt)
+        snapshots = Snapshots(attempt.state, name) if name is not None else None
         with _streaming(world, plan, means, "statistic", moved) as inputs:
-            return passing.run(jobs[world.rank], inputs, world), passing.read_bytes
+            return passing.run(jobs, inputs, world, snapshots), passing.read_bytes
 
     parts = world.gather("statistic", work)
-    gram = total(plan, [sums for sums, _ in parts])
+    gram = total(plan, [*(part.sums for part in known), *(sums for sums, _ in parts)])
     read = sum(count for _, count in parts)
     return gram, Done(read_bytes=read, seconds=time.monotonic() - started)
 
 
-def merge_pass(world: World, plan: Plan, means: Means, folder: Path) -> Done:
-    """Every tensor of every output in `folder`, written, synced and hashed."""
+def merge_pass(world: World, plan: Plan, means: Means, attempt: Attempt) -> Done:
+    """Every tensor of every output in the attempt's folder, written, synced and hashed."""
     started = time.monotonic()
     elements = _agreed_elements(world, plan, means.memory)
-    assignment = assign(plan, world.size)
-    where = choose(world, plan, assignment, folder, means.assemble)
+    finished = _finished(world, plan, attempt)
+    assignment = assign(plan, world.size, finished)
+    where = choose(world, plan, assignment, attempt.folder, means.assemble)
     own = where.owned_by(world.rank)
-    with closing(ShardWriter(folder, plan.files)) as writer:
-        world.together("create the shards", lambda: create_shards(folder, plan.files, own))
+    with ExitStack() as stack:
+        name = _own_name(world, attempt)
+        journal = (
+            None if name is None else stack.enter_context(closing(Journal(attempt.state, name)))
+        )
+        writer = stack.enter_context(closing(ShardWriter(attempt.folder, plan.files, journal)))
+        world.together("create the shards", lambda: create_shards(attempt.folder, plan.files, own))
         outcomes = world.gather(
             "merge",
             lambda: _run_jobs(world, plan, means, (where, assignment, elements), writer),
@@ -94,12 +110,37 @@ def merge_pass(world: World, plan: Plan, means: Means, folder: Path) -> Done:
     found = {number: digest for part in digests for number, digest in part.items()}
     return Done(
         read_bytes=sum(outcome.read_bytes for outcome in outcomes),
+        written_bytes=plan.output_bytes - sum(plan.write_bytes(plan.jobs[n]) for n in finished),
         seconds=time.monotonic() - started,
         nonfinite=sum(outcome.nonfinite for outcome in outcomes),
         shards=tuple(
             output.described(found[number], file.size) for number, file in enumerate(plan.files)
         ),
     )
+
+
+def _own_name(world: World, attempt: Attempt) -> str | None:
+    """What this rank's files in the attempt's state are called; None where it does not see it."""
+    return f"{world.rank}-{secrets.token_hex(4)}" if attempt.state.is_dir() else None
+
+
+def _finished(world: World, plan: Plan, attempt: Attempt) -> frozenset[int]:
+    """The jobs that earlier attempts have done, as the bytes on the disk still show."""
+    records = world.on_first("look for what is done", lambda: read_journals(attempt.state))
+    if not records:
+        return frozenset()
+    sees = world.gather("look for what is done", attempt.folder.is_dir)
+    able = [rank for rank, there in enumerate(sees) if there]
+    mine = records[able.index(world.rank) :: len(able)] if sees[world.rank] else []
+    parts = world.gather(
+        "check what is done",
+        lambda: [record for record in mine if is_sound(record, attempt.folder, plan.files)],
+    )
+    finished = finished_jobs(plan, [record for part in parts for record in part])
+    if world.rank == 0:
+        size = sum(plan.write_bytes(plan.jobs[number]) for number in finished)
+        LOGGER.info("going on: %s were written before", format_bytes(size))
+    return frozenset(finished)
 
 
 def _agreed_elements(world: World, plan: Plan, memory: str | None) -> int:
@@ -132,7 +173,7 @@ def _run_jobs(
     world: World,
     plan: Plan,
     means: Means,
-    dealt: tuple[Assembly, Sequence[range], int],
+    dealt: tuple[Assembly, Sequence[Sequence[int]], int],
     writer: ShardWriter,
 ) -> Outcome:
     """This rank's jobs of the merge pass."""
@@ -140,7 +181,8 @@ def _run_jobs(
     engine = Engine(
         plan, elements=elements, device=means.device, allow_nonfinite=means.allow_nonfinite
     )
-    moved = sum(plan.read_bytes(job) + plan.write_bytes(job) for job in plan.jobs)
+    jobs = [plan.jobs[number] for each in assignment for number in each]
+    moved = sum(plan.read_bytes(job) + plan.write_bytes(job) for job in jobs)
     with _streaming(world, plan, means, "merge", moved) as inputs:
         if not where.gather:
             return engine.run(assignment[world.rank], inputs, writer, world)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,25 +11,25 @@ from typing import Any, Literal
 
 import torch
 
-from distmerge import gram as grams
-from distmerge import output, trend
+from distmerge import attempt as attempts
+from distmerge import output
 from distmerge import report as reports
 from distmerge.assembly import AssembleMode
+from distmerge.attempt import Attempt
 from distmerge.choice import choose, outputs_to_choose_from
+from distmerge.coefficients import find_coefficients
 from distmerge.dist import World, join
 from distmerge.document import Plain, load
-from distmerge.errors import ConfigError, OutputError
-from distmerge.gram import Gram
-from distmerge.log import LOGGER, parse_bytes
-from distmerge.passes import Done, Means, merge_pass, statistic_pass
-from distmerge.planner import Plan, build_plan, solved
+from distmerge.errors import OutputError, UserError
+from distmerge.log import parse_bytes
+from distmerge.passes import NOTHING, Done, Means, merge_pass
+from distmerge.planner import Plan, build_plan
 from distmerge.reference import as_path
 from distmerge.resolved import as_recipe
 from distmerge.selection import Selection, check, parse_selection
 from distmerge.sources.reader import ReadMode
 from distmerge.sources.resolve import Sources, open_sources, pinned
 from distmerge.storage import peak_memory
-from distmerge.stream import single_threaded
 from distmerge.sweep import Recipe, load_recipe
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
@@ -46,7 +45,8 @@ class Options:
     `memory` is the budget of each rank's buffers and `shard_size` that of a shard's data, both as
     '5GB', '500MB' or '64MiB'. `device`: auto takes the CPU, for a weighted sum waits for the disk
     (but a GPU to choose by loss, if there is one).
-    `assemble`, `read`: see docs/design.md. `progress` shows a bar or lines on standard error.
+    `assemble`, `read`: see docs/design.md. `restart` throws away what an earlier attempt has done.
+    `progress` shows a bar or lines on standard error.
     """
 
     memory: str | None = None
@@ -55,6 +55,7 @@ class Options:
     assemble: AssembleMode = "auto"
     read: ReadMode = "auto"
     overwrite: bool = False
+    restart: bool = False
     allow_nonfinite: bool = False
     progress: bool = False
 
@@ -63,8 +64,9 @@ class Options:
 class MergeResult:
     """What a merge did. Bytes are those of all ranks; `seconds` is wall time, `pass_seconds` that
     of reading, computing, writing and syncing the tensors, `statistic_seconds` that of the pass
-    before it (0 without one); `peak_memory` is the largest resident set, in bytes, of any rank;
-    `nonfinite` counts NaN and Inf, where they were allowed.
+    before it (0 without one). What an earlier attempt has done does not count. `peak_memory` is
+    the largest resident set, in bytes, of any rank; `nonfinite` counts NaN and Inf, where they
+    were allowed.
 
     `outputs` are the folders in OUT ('' for OUT itself); `scores` is what the selection found, and
     `report` the page that shows it all, where there are any.
@@ -99,8 +101,9 @@ def merge(
 
     `config` is a YAML file or the same as a mapping; `overrides` are 'dotted.key=value'. Call it
     on every rank that a launcher started, or in one process alone. On return `out` is complete
-    and on the disk; after an error there is nothing at `out`, or what was there before. Only an
-    error of the choice among finished outputs (`select:`) leaves them.
+    and on the disk; after an error there is nothing at `out`, or what was there before, and the
+    same call goes on with what was done. Only an error of the choice among finished outputs
+    (`select:`) leaves them.
 
     Raises ConfigError, SourceError, MismatchError, NonFiniteError or OutputError for what the
     user can mend; RunError for what failed; PeerError on ranks that stopped for another's sake.
@@ -119,26 +122,16 @@ def merge(
         plan = world.together("plan", lambda: build_plan(recipe, sources, shard_bytes=shard_bytes))
         world.agree("plan", "plan", plan.digest)
         means = _means(world, options, use_cuda=use_cuda)
-        with _temporary_folder(world, target, plan, options) as folder:
-            cast = recipe.shared.output_dtype is not None
-            beside = world.on_first(
-                "copy the donor's files", lambda: output.write_sidecars(folder, plan, cast=cast)
-            )
-            plan, statistic = _find_coefficients(world, recipe, plan, means, (target, folder))
-            done = merge_pass(world, plan, means, folder)
-            recipes = _carried_out(recipe, sources)
-            world.on_first(
-                "finish the output",
-                lambda: output.complete(folder, plan, beside, done.shards, recipes),
-            )
-            # A phase of its own: it begins when every rank has come so far.
-            world.on_first("rename the output", lambda: output.rename(folder, target))
-        found = None
-        if recipe.selection is not None:
-            names = [made.name for made in plan.outputs]
-            use_gpu = options.device != "cpu"
-            found = choose(world, recipe.selection, target, names, use_gpu=use_gpu)
-        page = world.on_first("report", lambda: _report(recipe, target))
+        with _attempt(world, target, plan, options) as attempt:
+            statistic, done = NOTHING, NOTHING
+            if not attempt.renamed:
+                statistic, done = _make(world, recipe, sources, plan, (means, target, attempt))
+            found = None
+            if recipe.selection is not None:
+                names = [made.name for made in plan.outputs]
+                use_gpu = options.device != "cpu"
+                found = choose(world, recipe.selection, target, names, use_gpu=use_gpu)
+            page = world.on_first("report", lambda: _report(recipe, target))
         peaks = world.gather("end", peak_memory)
     return MergeResult(
         out=target,
@@ -148,7 +141,7 @@ def merge(
         shards=len(plan.shards),
         outputs=tuple(made.name for made in plan.outputs),
         read_bytes=statistic.read_bytes + done.read_bytes,
-        written_bytes=plan.output_bytes,
+        written_bytes=done.written_bytes,
         nonfinite=done.nonfinite,
         seconds=time.monotonic() - started,
         pass_seconds=done.seconds,
@@ -157,6 +150,32 @@ def merge(
         scores=found,
         report=page,
     )
+
+
+def _make(
+    world: World, recipe: Recipe, sources: Sources, plan: Plan, how: tuple[Means, Path, Attempt]
+) -> tuple[Done, Done]:
+    """Fill the attempt's folder and give it OUT's name; what the two passes did."""
+    means, target, attempt = how
+    cast = recipe.shared.output_dtype is not None
+    folder = attempt.folder
+    beside = world.on_first(
+        "copy the donor's files", lambda: output.write_sidecars(folder, plan, cast=cast)
+    )
+    plan, statistic = find_coefficients(world, recipe, plan, means, (target, attempt))
+    done = merge_pass(world, plan, means, attempt)
+    recipes = _carried_out(recipe, sources)
+    world.on_first(
+        "finish the output", lambda: output.complete(folder, plan, beside, done.shards, recipes)
+    )
+
+    def rename() -> None:
+        attempts.mark_end(attempt)
+        output.rename(folder, target)
+
+    # A phase of its own: it begins when every rank has come so far.
+    world.on_first("rename the output", rename)
+    return statistic, done
 
 
 def plan(
@@ -228,59 +247,42 @@ def _wants_cuda(choice: DeviceChoice) -> bool:
 
 
 @contextmanager
-def _temporary_folder(world: World, target: Path, plan: Plan, options: Options) -> Iterator[Path]:
-    """The folder beside `target` that is filled and renamed; removed again after a failure."""
+def _attempt(world: World, target: Path, plan: Plan, options: Options) -> Iterator[Attempt]:
+    """The attempt at `target`, new or gone on with; what it has done is kept where that helps."""
+    locks: list[attempts.Lock] = []
 
-    def prepare() -> Path:
-        output.check_target(target, plan.inputs, overwrite=options.overwrite)
-        for old in output.leftovers(target):
-            LOGGER.warning("%s is left from a run that was killed, or another is under way", old)
-        return output.create_folder(target, plan, secrets.token_hex(4))
+    def prepare() -> Attempt:
+        device = "cpu" if options.device != "cuda" else torch.cuda.get_device_name()
+        attempt, lock = attempts.begin(
+            target,
+            plan,
+            attempts.identity(plan, device),
+            overwrite=options.overwrite,
+            restart=options.restart,
+        )
+        try:
+            if not attempt.renamed:
+                output.create_folders(attempt.folder, plan)
+        except BaseException:
+            attempts.abandon(attempt, target, for_good=False)
+            lock.release()
+            raise
+        locks.append(lock)
+        return attempt
 
-    folder = world.on_first("prepare the output", prepare)
+    attempt = world.on_first("prepare the output", prepare)
     try:
-        yield folder
-    except BaseException:
-        output.discard(folder)
+        yield attempt
+    except BaseException as error:
+        if world.rank == 0:
+            attempts.abandon(
+                attempt, target, for_good=getattr(error, "exit_code", 1) == UserError.exit_code
+            )
         raise
-
-
-def _find_coefficients(
-    world: World, recipe: Recipe, plan: Plan, means: Means, places: tuple[Path, Path]
-) -> tuple[Plan, Done]:
-    """The plan with all coefficients, found by a statistic pass where the recipe needs one."""
-    target, folder = places
-    if recipe.shared.extrapolation is None:
-        return plan, Done(read_bytes=0, seconds=0.0)
-    kept = world.on_first("look for a statistic", lambda: _kept(target, plan))
-    gram, done = kept, Done(read_bytes=0, seconds=0.0)
-    if gram is None:
-        gram, done = statistic_pass(world, plan, means)
-    rows = world.on_first("solve", lambda: _solve(recipe, plan, gram))
-    world.on_first("keep the statistic", lambda: _keep(target, folder, plan, gram))
-    return solved(plan, rows), done
-
-
-def _kept(target: Path, plan: Plan) -> Gram | None:
-    if not plan.trend_jobs:
-        raise ConfigError("parameters.exclude: no tensor is left to extrapolate")
-    path = grams.cache_path(target, plan)
-    if (found := grams.cached(path)) is not None:
-        LOGGER.info("statistic: known from %s; the inputs are read once", path)
-    return found
-
-
-def _solve(recipe: Recipe, plan: Plan, gram: Gram) -> list[Sequence[float]]:
-    configs = [variant.config for variant in recipe.variants]
-    labels = [plan.inputs[i].label for i in range(len(gram.matrix))]
-    with single_threaded():
-        trends = trend.find_trends(configs, gram.matrix, labels)
-        trend.warn_of_noise(trends)
-        return trend.coefficients(configs, trends)
-
-
-def _keep(target: Path, folder: Path, plan: Plan, gram: Gram) -> None:
-    grams.keep(gram, [folder / reports.FOLDER / reports.GRAM, grams.cache_path(target, plan)])
+    finally:
+        for lock in locks:
+            lock.release()
+    world.on_first("clean up", lambda: attempts.discard(attempt))
 
 
 def _carried_out(recipe: Recipe, sources: Sources) -> list[Plain]:

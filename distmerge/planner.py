@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import NamedTuple
@@ -223,32 +223,32 @@ def _joint_digest(outputs: Sequence[Output]) -> str:
     return hashlib.sha256(f"distmerge {FORMAT} outputs\n{lines}".encode()).hexdigest()
 
 
-def assign(plan: Plan, ranks: int) -> list[range]:
-    """The jobs of each rank: contiguous stretches of the outputs with equal cost in bytes.
+def assign(plan: Plan, ranks: int, done: Container[int] = ()) -> list[list[int]]:
+    """The jobs of each rank, without those `done`: contiguous stretches of the outputs with equal
+    cost in bytes.
 
     Contiguous, because a rank then reads and writes sequentially and mostly in shards of its own;
     balanced to within one job, because jobs are small beside a rank's share.
     """
-    return _stretches(
-        [(job.stop - job.start) * plan.widths[job.tensor] for job in plan.jobs], ranks
-    )
+    jobs = [number for number in range(len(plan.jobs)) if number not in done]
+    sizes = [(plan.jobs[n].stop - plan.jobs[n].start, plan.jobs[n].tensor) for n in jobs]
+    return _dealt(jobs, [elements * plan.widths[tensor] for elements, tensor in sizes], ranks)
 
 
-def assign_trend(plan: Plan, ranks: int) -> list[list[int]]:
+def assign_trend(plan: Plan, ranks: int, done: Container[int] = ()) -> list[list[int]]:
     """The jobs of each rank in the statistic pass, with equal bytes to read."""
-    jobs = plan.trend_jobs
-    stretches = _stretches([plan.read_bytes(plan.jobs[number]) for number in jobs], ranks)
-    return [[jobs[n] for n in stretch] for stretch in stretches]
+    jobs = [number for number in plan.trend_jobs if number not in done]
+    return _dealt(jobs, [plan.read_bytes(plan.jobs[number]) for number in jobs], ranks)
 
 
-def _stretches(costs: Sequence[int], parts: int) -> list[range]:
-    """`costs` cut into contiguous `parts` of nearly equal sums."""
+def _dealt(jobs: Sequence[int], costs: Sequence[int], parts: int) -> list[list[int]]:
+    """`jobs` cut into contiguous parts of nearly equal cost."""
     ends = list(accumulate(costs))
     total = ends[-1] if ends else 0
     bounds = [0]
     for part in range(1, parts):
         bounds.append(_nearest(ends, total * part / parts, bounds[-1]))
-    return [range(a, b) for a, b in zip(bounds, [*bounds[1:], len(costs)], strict=True)]
+    return [list(jobs[a:b]) for a, b in zip(bounds, [*bounds[1:], len(jobs)], strict=True)]
 
 
 def _nearest(ends: Sequence[int], target: float, start: int) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from distmerge.document import Plain
 from distmerge.log import format_bytes, parse_bytes
 from distmerge.pipeline import MergeResult
 from distmerge.planner import DEFAULT_MEMORY, Plan, assign, buffer_bytes, step_elements
+from distmerge.verification.verify import Verification
 
 SHOWN = 12
 """Rows of a long table: the first and the last ones stand for the rest."""
@@ -27,7 +29,7 @@ def summary(result: MergeResult) -> str:
         f"{result.out}: {each}{result.tensors} tensors in {_count(result.shards, 'shard')}, "
         f"{format_bytes(result.written_bytes)}",
         f"read {format_bytes(result.read_bytes)}, wrote {format_bytes(result.written_bytes)} in "
-        f"{seconds:.2f} s{statistic} ({format_bytes(moved / seconds)}/s), "
+        f"{seconds:.2f} s{statistic} ({format_bytes(moved / max(seconds, 1e-3))}/s), "
         f"{result.seconds:.2f} s in all; {ranks}, "
         f"peak memory {format_bytes(result.peak_memory)} each",
     ]
@@ -38,6 +40,24 @@ def summary(result: MergeResult) -> str:
     if result.report:
         lines.append(f"report: {result.report}")
     return "\n".join(lines)
+
+
+def verification_text(found: Verification) -> str:
+    """The verdict, what is off, and what was looked at."""
+    count = _count(len(found.findings), "thing") + (" is" if len(found.findings) == 1 else " are")
+    again = ""
+    if found.seed is not None:
+        again = f", {found.recomputed} of them merged again (seed {found.seed})"
+    return "\n".join(
+        [
+            f"{found.out}: " + ("sound" if found.sound else f"{count} off"),
+            *(f"  {finding}" for finding in found.findings),
+            *(f"note: {note}" for note in found.notes),
+            f"looked at {_count(found.outputs, 'output')}, {_count(found.files, 'file')} of "
+            f"{format_bytes(found.bytes)}, {_count(found.tensors, 'tensor')}{again}; "
+            f"{_count(found.ranks, 'rank')}, {found.seconds:.2f} s",
+        ]
+    )
 
 
 def scores_text(scores: Described) -> str:
@@ -97,7 +117,7 @@ def describe(plan: Plan, *, ranks: int, memory: str | None) -> Described:
     }
 
 
-def _rank(plan: Plan, number: int, jobs: range) -> Described:
+def _rank(plan: Plan, number: int, jobs: Sequence[int]) -> Described:
     return {
         "rank": number,
         "jobs": len(jobs),

@@ -14,7 +14,7 @@ from itertools import pairwise
 from distmerge.errors import ConfigError
 from distmerge.trajectory import Schedule, Trajectory
 
-_STEP = re.compile(r"(?:step|iter|iteration|checkpoint|ckpt)s?[-_=]?(\d+)", re.IGNORECASE)
+_STEP = re.compile(r"(?:step|iter|iteration|checkpoint|ckpt)s?[-_=]?(\d{1,18})", re.IGNORECASE)
 _CURVES: dict[str, Callable[[float], float]] = {
     "linear": lambda x: 1 - x,
     "minus-sqrt": lambda x: 1 - math.sqrt(x),
@@ -30,7 +30,7 @@ def step_of(name: str) -> int | None:
     """
     if match := _STEP.search(name):
         return int(match[1])
-    numbers = re.findall(r"\d+", name)
+    numbers = re.findall(r"\d{1,18}", name)
     return int(numbers[-1]) if numbers else None
 
 

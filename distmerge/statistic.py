@@ -7,8 +7,12 @@ smallest float64, in Python's integers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import json
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -17,6 +21,7 @@ from distmerge.errors import NonFiniteError
 from distmerge.gram import Gram, modules
 from distmerge.methods.average import count_nonfinite
 from distmerge.methods.extrapolate import GRAM_ELEMENTS, add_gram
+from distmerge.output import replace_text
 from distmerge.planner import Plan
 from distmerge.sources.reader import Inputs
 from distmerge.spec import BLOCK_ELEMENTS, OutputTensor
@@ -24,6 +29,11 @@ from distmerge.stream import Slot, Step, Stream, input_dtypes, nonfinite_input, 
 
 _SMALLEST = 1074
 """Every finite float64 is a whole multiple of 2 ** -_SMALLEST."""
+
+SNAPSHOT_SECONDS = 20.0
+"""Between two snapshots of a rank: a kill loses no more than this."""
+
+_PREFIX = "summed-"
 
 Sums = dict[str, list[int]]
 """By module: the products of every pair of checkpoints (s <= t, row by row), exact."""
@@ -46,6 +56,42 @@ def rounded(units: int) -> float:
         raise NonFiniteError("the sum of products of differences overflows float64") from error
 
 
+class Snapshots:
+    """Keeps what a rank has summed up, now and then, in a file of its own in `folder`."""
+
+    def __init__(self, folder: Path, name: str):
+        self._path = folder / f"{_PREFIX}{name}.json"
+        self._last = time.monotonic()
+
+    def take(self, jobs: Sequence[int], sums: Sums, *, final: bool = False) -> None:
+        """Write it all anew if it is time, or if the rank is through."""
+        if final or time.monotonic() - self._last >= SNAPSHOT_SECONDS:
+            # JSON would refuse integers of so many digits to be read again.
+            content = {module: [f"{units:x}" for units in pairs] for module, pairs in sums.items()}
+            replace_text(self._path, json.dumps({"jobs": list(jobs), "sums": content}))
+            self._last = time.monotonic()
+
+
+class Part(NamedTuple):
+    """The exact sums of some jobs."""
+
+    jobs: list[int]
+    sums: Sums
+
+
+def read_snapshots(folder: Path) -> list[Part]:
+    """What the ranks of earlier attempts had summed up; no job is in two of them."""
+    parts: list[Part] = []
+    known: set[int] = set()
+    for path in sorted(folder.glob(f"{_PREFIX}*.json")):
+        found = json.loads(path.read_bytes())
+        if known.isdisjoint(found["jobs"]):
+            sums = {m: [int(units, 16) for units in pairs] for m, pairs in found["sums"].items()}
+            parts.append(Part(found["jobs"], sums))
+            known.update(found["jobs"])
+    return parts
+
+
 class GramPass:
     """Runs this rank's jobs of the statistic pass."""
 
@@ -59,10 +105,13 @@ class GramPass:
         self._count = checkpoints(plan)
         self._module = dict(zip(names, modules(names, self._count), strict=True))
 
-    def run(self, jobs: Iterable[int], inputs: Inputs, world: World) -> Sums:
+    def run(
+        self, jobs: Sequence[int], inputs: Inputs, world: World, snapshots: Snapshots | None
+    ) -> Sums:
         """The exact sums of this rank's jobs. Raises what goes wrong in reading, and
         NonFiniteError."""
         sums: Sums = {}
+        done = 0
         products = self._zeros()
         with closing(self._stream.run(jobs, inputs, world)) as loaded:
             for step, slot in loaded:
@@ -70,6 +119,11 @@ class GramPass:
                 if step.last:
                     _add_exact(sums, self._module[step.tensor.name], products)
                     products = self._zeros()
+                    done += 1
+                    if snapshots is not None:
+                        snapshots.take(jobs[:done], sums)
+        if snapshots is not None:
+            snapshots.take(jobs, sums, final=True)
         return sums
 
     @property

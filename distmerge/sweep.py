@@ -95,7 +95,9 @@ def _sweep(root: Node, found: dict[str, Plain]) -> list[_Axis]:
         return []
     axes = [_axis(key, node) for key, node in _lists(_child(root, "sweep"), "")]
     for axis in axes:
-        if axis.key.split(".")[0] in ("sweep", "select", "merge_method"):
+        # Keys name folders too, and --lenient lets any key pass.
+        forbidden = axis.key.split(".")[0] in ("sweep", "select", "merge_method")
+        if forbidden or not _WORD.fullmatch(axis.key):
             axis.node.fail("this key can't be swept")
     return axes
 

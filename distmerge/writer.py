@@ -10,6 +10,7 @@ import errno
 import hashlib
 import os
 import threading
+import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from distmerge.errors import OutputError, RunError
+from distmerge.journal import Journal, Record
 from distmerge.spec import PAGE, OutputShard
 from distmerge.storage import aligned_buffer, is_local, memory_view, open_direct
 
@@ -88,23 +90,28 @@ def _write_all(descriptor: int, view: memoryview, offset: int) -> None:
 
 class ShardWriter:
     """This rank's hand on the shards of all outputs in `folder`, which a rank without any need not
-    see.
+    see. What it writes goes into the journal, if there is one.
 
     An engine.Sink.
     """
 
-    def __init__(self, folder: Path, shards: Sequence[OutputShard]):
-        self._folder, self._shards = folder, shards
+    def __init__(self, folder: Path, shards: Sequence[OutputShard], journal: Journal | None):
+        self._folder, self._shards, self._journal = folder, shards, journal
         self._open: dict[int, _Shard] = {}
         self._hashing = ThreadPoolExecutor(1, "hash")
 
     def write(self, shard: int, offset: int, data: torch.Tensor) -> None:
         self._shard(shard).write(offset, data)
+        if self._journal is not None:
+            view = memory_view(data)
+            self._journal.add(Record(shard, offset, len(view), zlib.crc32(view)))
 
     def sync(self) -> None:
         """Return when all that this rank wrote is on the disk."""
         for shard in self._open.values():
             shard.sync()
+        if self._journal is not None:
+            self._journal.sync()
 
     def digests(self, numbers: Iterable[int]) -> dict[int, str]:
         """sha256 of the complete shards `numbers`, each opened once by the format's own reader.
@@ -138,12 +145,13 @@ class ShardWriter:
 
 
 def create_shards(folder: Path, shards: Sequence[OutputShard], own: Iterable[int]) -> None:
-    """Make the shards `own`, with their headers and at their full size.
+    """Make the shards `own`, with their headers and at their full size; what an earlier attempt
+    wrote stays.
 
     Raises OutputError where the disk is full, before any time was spent on tensors.
     """
     for shard in (shards[number] for number in own):
-        descriptor = os.open(folder / shard.name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        descriptor = os.open(folder / shard.name, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             if shard.size and is_local(folder):
                 os.posix_fallocate(descriptor, 0, shard.size)

@@ -13,10 +13,14 @@ from pathlib import Path
 
 from distmerge import collector
 from distmerge.errors import SourceError
+from distmerge.log import printable
 from distmerge.sources.header import Header, read_header
 from distmerge.spec import TensorSpec
 
 INDEX = "model.safetensors.index.json"
+
+MAX_INDEX = 100_000_000
+"""Bytes, as of a header; an index of a million tensors has half."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +55,9 @@ class Checkpoint:
         )
 
     def _hash(self, line: Callable[[Header], str]) -> str:
-        return hashlib.sha256("".join(map(line, self.files)).encode()).hexdigest()
+        text = "".join(map(line, self.files))
+        # File names are bytes: those that are not UTF-8 reach us as surrogates.
+        return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
 @collector.paused()
@@ -69,7 +75,7 @@ def open_checkpoint(
     Raises SourceError where the folder holds no safetensors, where index and shards disagree, or
     where a header is damaged.
     """
-    weight_map = _read_index(folder)
+    weight_map = read_index(folder)
     names = _natural_sort(set(weight_map.values())) if weight_map else [_single_file(folder)]
     paths = [_existing_shard(folder, name) for name in names]
     twins = chain(twin.files if twin else (), repeat(None))
@@ -83,7 +89,7 @@ def open_checkpoint(
     missing = [name for name in weight_map if name not in tensors]
     if missing:
         raise SourceError(
-            f"{folder / INDEX}: tensor {missing[0]!r} is not in {weight_map[missing[0]]} "
+            f"{folder / INDEX}: tensor {_shown(missing[0])} is not in {weight_map[missing[0]]} "
             f"({len(missing)} tensors are not where the index says)"
         )
     return Checkpoint(
@@ -109,32 +115,52 @@ def _natural_sort(names: set[str]) -> list[str]:
     """model-2-of-10 before model-10-of-10; names that count alike (1, 01) by their text."""
 
     def key(name: str) -> tuple[list[tuple[int, str]], str]:
-        return [(int(d or 0), t) for d, t in re.findall(r"(\d+)|(\D+)", name)], name
+        # A number longer than 18 digits is cut: Python refuses to read those of 4300.
+        return [(int(d or 0), t) for d, t in re.findall(r"(\d{1,18})|(\D+)", name)], name
 
     return sorted(names, key=key)
 
 
-def _read_index(folder: Path) -> dict[str, str]:
-    """The weight_map of the folder's index, empty without an index."""
+def read_index(folder: Path) -> dict[str, str]:
+    """The weight_map of the folder's index, empty without one: which file holds which tensor.
+
+    Raises SourceError unless every file is named as one in `folder` itself.
+    """
     path = folder / INDEX
     if not path.is_file():
         return {}
-    try:
-        index = json.loads(path.read_bytes())
-    except OSError as error:
-        raise SourceError(f"{path}: can't be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: not JSON ({error})") from error
+    index = _parsed(path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{path}: it has no weight_map")
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or "/" in shard or shard in (".", ".."):
             raise SourceError(
-                f"{path}: tensor {tensor!r} is said to be in {shard!r}, "
+                f"{path}: tensor {_shown(tensor)} is said to be in {_shown(shard)}, "
                 "which is not the name of a file in this folder"
             )
     return weight_map
+
+
+def _parsed(path: Path) -> object:
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a key stands in it twice")
+        return found
+
+    try:
+        if path.stat().st_size > MAX_INDEX:
+            raise SourceError(f"{path}: more than {MAX_INDEX} bytes are no index")
+        return json.loads(path.read_bytes(), object_pairs_hook=unique)
+    except OSError as error:
+        raise SourceError(f"{path}: can't be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path}: not JSON ({error})") from error
+
+
+def _shown(value: object) -> str:
+    return printable(repr(value), 200)
 
 
 def _existing_shard(folder: Path, name: str) -> Path:
@@ -144,7 +170,8 @@ def _existing_shard(folder: Path, name: str) -> Path:
     except OSError:  # a name that no file can have
         found = False
     if not found:
-        raise SourceError(f"{folder / INDEX}: it names {name}, which is not in {folder}")
+        what = printable(name, 200)
+        raise SourceError(f"{folder / INDEX}: it names {what}, which is not in {folder}")
     return path
 
 

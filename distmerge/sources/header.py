@@ -10,12 +10,14 @@ import hashlib
 import json
 import math
 import os
+import reprlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import NoReturn
+from unicodedata import category
 
 from distmerge.errors import SourceError
 from distmerge.spec import DTYPES, TensorSpec
@@ -25,6 +27,12 @@ MAX_HEADER = 100_000_000
 
 MAX_DIMS = 64
 """What torch's kernels take. The product of a million sizes would keep us busy for hours."""
+
+MAX_NAME = 1000
+"""Characters of a tensor's name: every message can hold it."""
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 1, 80, 80
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +74,23 @@ def read_header(path: Path, number: int = 0, twin: Header | None = None) -> Head
     )
 
 
+def check_unchanged(header: Header) -> None:
+    """Raise SourceError where the file is not the one, or not as, it was when `header` was read.
+
+    To open it makes a network file system ask its server.
+    """
+    try:
+        with header.path.open("rb") as file:
+            found = os.fstat(file.fileno())
+    except OSError as error:
+        raise SourceError(f"{header.path}: it can't be read any more: {error.strerror}") from error
+    if (found.st_size, found.st_mtime_ns) != (header.size, header.mtime_ns):
+        raise SourceError(
+            f"{header.path}: it was changed after the merge had begun "
+            f"({header.size} bytes then, {found.st_size} now); merge again when it is complete"
+        )
+
+
 def _refuse(path: Path, reason: str) -> NoReturn:
     raise SourceError(f"{path}: not a sound safetensors file: {reason}")
 
@@ -84,22 +109,43 @@ def _parse(path: Path, raw: bytes) -> dict[str, object]:
         found = dict(pairs)
         if len(found) != len(pairs):
             counts = Counter(name for name, _ in pairs)
-            _refuse(path, f"the header has the key {counts.most_common(1)[0][0]!r} twice")
+            _refuse(path, f"the header has the key {_shown(counts.most_common(1)[0][0])} twice")
         return found
 
     try:
-        header = json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=_refuse_constant)
+        header = json.loads(
+            raw.decode(),
+            object_pairs_hook=unique,
+            parse_constant=_refuse_constant,
+            parse_int=_integer if b"-0" in raw else int,
+        )
     except RecursionError:
         _refuse(path, "the header is nested too deeply")
     except ValueError as error:  # JSON, UTF-8 and oversized integers alike
         _refuse(path, f"the header is not JSON ({error})")
     if not isinstance(header, dict):
         _refuse(path, "the header is not a JSON object")
-    try:
-        "".join(header).encode()
-    except UnicodeEncodeError:  # JSON can spell one half of a surrogate pair
-        _refuse(path, "a tensor's name is not Unicode text")
+    for name in header:
+        _check_name(path, name)
     return header
+
+
+def _shown(value: object) -> str:
+    """In part, if it is long: a stranger's file must not fill our messages."""
+    return _SHORT.repr(value)
+
+
+def _check_name(path: Path, name: str) -> None:
+    """JSON can spell NUL, what a terminal obeys, and one half of a surrogate pair."""
+    if len(name) > MAX_NAME:
+        _refuse(path, f"a tensor's name has {len(name)} characters (the limit is {MAX_NAME})")
+    if not name.isprintable() and any(category(c) in ("Cc", "Cs") for c in name):
+        _refuse(path, f"a tensor's name is not Unicode text without control codes: {_shown(name)}")
+
+
+def _integer(text: str) -> int:
+    """To the format's own implementation -0 is no integer. (A hook for all would take time.)"""
+    return int("no integer" if text == "-0" else text)
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -117,19 +163,22 @@ def _check_metadata(path: Path, metadata: object) -> None:
 
 
 def _spec(path: Path, name: str, fields: object, number: int, data: int) -> TensorSpec:
-    where = f"tensor {name!r}"
+    where = f"tensor {_shown(name)}"
     if not isinstance(fields, dict):
         _refuse(path, f"{where} is not described by an object")
-    dtype = DTYPES.get(str(fields.get("dtype")))
+    named = fields.get("dtype")
+    dtype = DTYPES.get(named) if isinstance(named, str) else None
     if dtype is None:
-        _refuse(path, f"{where} has an unknown dtype {fields.get('dtype')!r}")
+        _refuse(path, f"{where} has an unknown dtype {_shown(named)}")
     shape = _naturals(path, where, "shape", fields.get("shape"))
     if len(shape) > MAX_DIMS:
         _refuse(path, f"{where} has {len(shape)} dimensions (the limit is {MAX_DIMS})")
     offsets = _naturals(path, where, "data_offsets", fields.get("data_offsets"))
     if len(offsets) != 2 or offsets[0] > offsets[1]:
-        _refuse(path, f"{where} has the data_offsets {list(offsets)}")
+        _refuse(path, f"{where} has the data_offsets {_shown(list(offsets))}")
     nbytes = offsets[1] - offsets[0]
+    if math.prod(filter(None, shape)) >= 2**63:  # also where a zero makes nothing of it
+        _refuse(path, f"{where} has the shape {_shown(list(shape))}")
     if math.prod(shape) * dtype.bits != nbytes * 8:
         _refuse(path, f"{where} of {dtype.name} {list(shape)} can't take up {nbytes} bytes")
     return TensorSpec(name, dtype, shape, number, data + offsets[0], nbytes)
@@ -142,7 +191,7 @@ def _naturals(path: Path, where: str, key: str, value: object) -> tuple[int, ...
                 break
         else:
             return tuple(value)
-    _refuse(path, f"{where} has the {key} {str(value)[:80]}")
+    _refuse(path, f"{where} has the {key} {_shown(value)}")
 
 
 def _check_tiling(path: Path, specs: Iterable[TensorSpec], data: int, size: int) -> None:
@@ -151,7 +200,9 @@ def _check_tiling(path: Path, specs: Iterable[TensorSpec], data: int, size: int)
     for spec in sorted(specs, key=attrgetter("start", "nbytes")):
         if spec.start != end:
             what = "overlaps the tensor before it" if spec.start < end else "leaves a gap before it"
-            _refuse(path, f"tensor {spec.name!r} {what} (byte {spec.start} where {end} is next)")
+            _refuse(
+                path, f"tensor {_shown(spec.name)} {what} (byte {spec.start} where {end} is next)"
+            )
         end += spec.nbytes
     if end > size:
         _refuse(path, f"tensors end at byte {end} but the file has only {size}; truncated?")

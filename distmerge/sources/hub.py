@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import glob
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,8 +23,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
 from distmerge.errors import SourceError
+from distmerge.log import printable
 from distmerge.reference import ModelRef
-from distmerge.sources.checkpoint import INDEX
+from distmerge.sources.checkpoint import read_index
 from distmerge.sources.sidecars import SIDECARS
 
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -64,10 +65,10 @@ def download(ref: ModelRef, *, local_only: bool) -> Path:
     """
     with _explained(ref):
         folder = _snapshot(ref, SIDECARS, local_only)
-        index = folder / INDEX
-        shards: Sequence[str] = ("*.safetensors",)
-        if index.is_file():
-            shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        named = sorted(set(read_index(folder).values()))
+        if strange := [name for name in named if not name.endswith(".safetensors")]:
+            raise SourceError(f"{ref}: {printable(strange[0], 80)} is no safetensors file")
+        shards = [glob.escape(name) for name in named] or ["*.safetensors"]
         return _snapshot(ref, shards, local_only)
 
 
@@ -107,8 +108,9 @@ def _explained(ref: ModelRef) -> Iterator[None]:
         status = error.response.status_code if error.response is not None else "no answer"
         raise SourceError(f"{ref}: the Hub answered {status}; try again later") from error
     except (OSError, httpx.HTTPError) as error:
+        why = getattr(error, "strerror", None) or type(error).__name__
+        raise SourceError(f"{ref}: no such folder, and the Hub can't be reached: {why}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise SourceError(
-            f"{ref}: no such folder, and the Hub can't be reached: {error}"
+            f"{ref}: what the Hub says of it is not sound ({type(error).__name__})"
         ) from error
-    except (ValueError, KeyError, AttributeError) as error:
-        raise SourceError(f"{ref}: its {INDEX} is not sound") from error

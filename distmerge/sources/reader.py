@@ -2,7 +2,7 @@
 
 mmap: views of the page cache, without a copy, for files that are already there. pread: large
 reads into the caller's buffer; past the page cache (`direct`) on local disks, through it on
-network file systems, where mapped files are slow and a lost page kills the process.
+network file systems, where mapped files are slow and pages can get lost.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import torch
 
 from distmerge.errors import RunError, SourceError
 from distmerge.log import LOGGER
+from distmerge.sources import fault
 from distmerge.sources.checkpoint import Checkpoint
+from distmerge.sources.header import Header, check_unchanged
 from distmerge.spec import PAGE
 from distmerge.storage import is_cached, is_local, memory_view, open_direct
 
@@ -42,6 +44,7 @@ class ByteReader(Protocol):
 
 class _Mapped:
     def __init__(self, path: Path):
+        self._path = path
         with path.open("rb") as file:
             self._map = mmap.mmap(
                 file.fileno(),
@@ -49,8 +52,14 @@ class _Mapped:
                 flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
                 prot=mmap.PROT_READ | mmap.PROT_WRITE,
             )
+        fault.watch(self._map, path)
 
     def read(self, start: int, num_bytes: int, buffer: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        size = self._map.size()
+        if size < start + num_bytes:
+            raise _ends_early(self._path, size)
+        if fault.is_lost(self._path):
+            raise _lost(self._path)
         return torch.frombuffer(self._map, dtype=torch.uint8, count=num_bytes, offset=start)
 
     def release(self, start: int, num_bytes: int) -> None:
@@ -81,10 +90,7 @@ class _Read:
             count = self._pread(view[got:wanted], first + got)
             got += count
             if count < self._page and got < skip + num_bytes:
-                raise SourceError(
-                    f"{self._path}: it ends at byte {first + got}, inside a tensor that its header "
-                    "describes; did it change while it was read?"
-                )
+                raise _ends_early(self._path, first + got)
         return buffer[skip : skip + num_bytes]
 
     def _pread(self, view: memoryview, offset: int) -> int:
@@ -102,6 +108,17 @@ class _Read:
         os.close(self._file)
 
 
+def _ends_early(path: Path, size: int) -> SourceError:
+    return SourceError(
+        f"{path}: it ends at byte {size}, inside a tensor that its header describes; did it change "
+        "while it was read?"
+    )
+
+
+def _lost(path: Path) -> SourceError:
+    return SourceError(f"{path}: a part of it is gone, or can't be read; did it change meanwhile?")
+
+
 def open_reader(path: Path, mode: ReadMode) -> ByteReader:
     """Open `path` the way that suits where it lies, or as `mode` says."""
     try:
@@ -111,6 +128,8 @@ def open_reader(path: Path, mode: ReadMode) -> ByteReader:
         return _Mapped(path) if mapped else _Read(path, direct=local)
     except OSError as error:
         raise SourceError(f"{path}: can't be opened: {error.strerror}") from error
+    except ValueError as error:  # there is nothing to map
+        raise _ends_early(path, 0) from error
 
 
 def _cached(path: Path) -> bool:
@@ -125,18 +144,29 @@ class Inputs:
         self._checkpoints = checkpoints
         self._mode = mode
         self._open: OrderedDict[tuple[int, int], ByteReader] = OrderedDict()
+        fault.forget()
+        self._used: dict[tuple[int, int], Header] = {}
         self._limit = 4 * len(checkpoints) + 16
 
     def reader(self, checkpoint: int, file: int) -> ByteReader:
         """The reader of a file; it stays open for at least the next 4 files of each input."""
         key = (checkpoint, file)
         if key not in self._open:
-            path = self._checkpoints[checkpoint].files[file].path
-            self._open[key] = open_reader(path, self._mode)
+            header = self._used[key] = self._checkpoints[checkpoint].files[file]
+            check_unchanged(header)
+            self._open[key] = open_reader(header.path, self._mode)
         self._open.move_to_end(key)
         if len(self._open) > self._limit:
             self._open.popitem(last=False)[1].close()
         return self._open[key]
+
+    def check_unchanged(self) -> None:
+        """Raise SourceError where a file that was read here is not what it was when the plan was
+        made, or could not be read in full. Call it when all that was read has been used."""
+        for header in self._used.values():
+            check_unchanged(header)
+            if fault.is_lost(header.path):
+                raise _lost(header.path)
 
     def close(self) -> None:
         for reader in self._open.values():

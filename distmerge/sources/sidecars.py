@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from pathlib import Path
 from typing import cast
 
@@ -17,6 +18,12 @@ SIDECARS = (
 )  # fmt: skip
 """Patterns of what is copied; weights, optimizer states and caches match none of them."""
 
+MAX_SIDECAR = 500_000_000
+"""Bytes. Tokenizers have some ten million."""
+
+MAX_CONFIG = 10_000_000
+"""Bytes of a config.json, which is parsed: that takes many times its size."""
+
 _LEFT_OUT = (
     "*.index.json", "trainer_state.json", "distmerge.json", "adapter_config.json", "report/*",
 )  # fmt: skip
@@ -26,14 +33,13 @@ _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.onnx", "*.gguf", "*.h5
 def sidecars(folder: Path) -> list[Path]:
     """Paths, relative to `folder` and sorted, of the files that a merge takes over from it.
 
-    Subfolders count (chat templates, pooling configs) unless hidden or with weights of their own.
+    Subfolders count (chat templates, pooling configs) unless hidden, with weights of their own, or
+    with a file's name.
     """
     found: list[Path] = []
     for here, subfolders, names in os.walk(folder):
         at = Path(here)
-        subfolders[:] = sorted(
-            d for d in subfolders if not d.startswith(".") and d != "__pycache__"
-        )
+        subfolders[:] = sorted(d for d in subfolders if _may_hold_sidecars(d))
         paths = [at / name for name in names]
         if at != folder and any(_matches(path, _WEIGHTS) for path in paths):
             subfolders.clear()
@@ -41,6 +47,40 @@ def sidecars(folder: Path) -> list[Path]:
         inside = [path.relative_to(folder) for path in paths]
         found += [p for p in inside if _matches(p, SIDECARS) and not _matches(p, _LEFT_OUT)]
     return sorted(found)
+
+
+def _may_hold_sidecars(subfolder: str) -> bool:
+    hidden = subfolder.startswith(".") or subfolder == "__pycache__"
+    return not hidden and not _matches(Path(subfolder), (*SIDECARS, *_WEIGHTS))
+
+
+def read_sidecar(folder: Path, name: Path, *, limit: int = MAX_SIDECAR) -> bytes:
+    """The content of a file that `sidecars` found in `folder`.
+
+    Outputs are published. So a link may not lead out of the folder, to whatever this user can
+    read; but snapshots in the Hub's cache are links to the blobs beside them.
+    Raises SourceError for such a link, for what is no regular file and for one over the `limit`.
+    """
+    path, home = folder / name, folder.resolve()
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    try:
+        real = path.resolve(strict=True)
+        if not any(allowed in real.parents for allowed in homes):
+            raise SourceError(
+                f"{path}: a link that leaves the folder, to {real}; if it belongs to the model, "
+                "put a copy in its place"
+            )
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe must not keep us waiting
+        with os.fdopen(os.open(real, flags), "rb") as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise SourceError(f"{path}: not a file that can be copied")
+            if found.st_size > limit:
+                raise SourceError(f"{path}: it has {found.st_size} bytes (the limit is {limit})")
+            return file.read(limit)
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        reason = getattr(error, "strerror", None) or "links in a circle"
+        raise SourceError(f"{path}: can't be read: {reason}") from error
 
 
 def _matches(path: Path, patterns: tuple[str, ...]) -> bool:
@@ -51,20 +91,20 @@ def config_with_dtype(path: Path, dtype: str, *, everywhere: bool) -> bytes:
     """The config.json at `path` with its dtype true: `dtype` is a torch name.
 
     With `everywhere`, the dtypes of parts (text_config ...) are set too: all tensors were cast.
-    Raises SourceError where it is not a JSON object.
+    Raises SourceError where it is not a JSON object, and what `read_sidecar` raises.
     """
-    raw = path.read_bytes()
+    raw = read_sidecar(path.parent, Path(path.name), limit=MAX_CONFIG)
     try:
         config = cast(Plain, json.loads(raw))
+        if not isinstance(config, dict):
+            raise SourceError(f"{path}: not a JSON object")
+        keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+        changed: dict[str, Plain] = {**config, **dict.fromkeys(keys, dtype)}
+        if everywhere:
+            changed = {key: _cast_part(value, dtype) for key, value in changed.items()}
+        return raw if changed == config else (json.dumps(changed, indent=2) + "\n").encode()
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{path}: not JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise SourceError(f"{path}: not a JSON object")
-    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
-    changed: dict[str, Plain] = {**config, **dict.fromkeys(keys, dtype)}
-    if everywhere:
-        changed = {key: _cast_part(value, dtype) for key, value in changed.items()}
-    return raw if changed == config else (json.dumps(changed, indent=2) + "\n").encode()
 
 
 def _cast_part(value: Plain, dtype: str) -> Plain:

@@ -192,6 +192,22 @@ def test_an_output_of_a_sweep_is_that_of_a_run_of_its_own(
     assert len({tuple(files.items()) for files in found}) == len(names)
 
 
+def test_an_output_does_not_see_the_inputs_that_only_others_take(tmp_path: Path) -> None:
+    """The first checkpoint would bring float64 arithmetic, and a NaN, to where it has no weight."""
+    for step in range(3):
+        tensors = cases.small(torch.Generator().manual_seed(step))
+        if step == 0:
+            tensors = {"first": tensors["first"].double(), "second": tensors["second"] / 0}
+        write_checkpoint(tmp_path / f"in/step-{step}", tensors)
+    recipe, options = cases.average(tmp_path / "in"), Options(allow_nonfinite=True)
+    sweep: Recipe = {**recipe, "sweep": {"trajectory.last": [2, 3]}}
+    (result,) = run_ranks(merge, 1, sweep, tmp_path / "out", options)
+    assert result.nonfinite == 11 * BLOCK + 1
+    run_ranks(merge, 1, recipe, tmp_path / "single", Options(), "trajectory.last=2")
+    assert fingerprints(tmp_path / "out/last=2") == fingerprints(tmp_path / "single")
+    assert not read_output(tmp_path / "out/last=3")["second"].isfinite().any()
+
+
 def shards(folder: Path) -> dict[str, str]:
     return {name: d for name, d in fingerprints(folder).items() if "model" in name}
 

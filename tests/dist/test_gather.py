@@ -6,6 +6,7 @@ rank 0's folder, as if its disk were not mounted on their host.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import torch
 
 import distmerge
 from distmerge import assembly
+from distmerge.attempt import Attempt
 from distmerge.dist import World
 from distmerge.errors import OutputError
 from distmerge.pipeline import Options
@@ -70,7 +72,11 @@ def elsewhere(on_first: Callable[..., object]) -> Callable[..., object]:
 
     def moved(world: World, phase: str, work: Callable[[], object]) -> object:
         result = on_first(world, phase, work)
-        return Path("/not-mounted-here") / result.name if isinstance(result, Path) else result
+        if isinstance(result, Attempt):
+            away = Path("/not-mounted-here")
+            folder, state = away / result.folder.name, away / result.state.name
+            return dataclasses.replace(result, folder=folder, state=state)
+        return result
 
     return moved
 

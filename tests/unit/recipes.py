@@ -26,6 +26,18 @@ def average(checkpoints: Path | str | list[str], **trajectory: Plain) -> dict[st
     return {"merge_method": "average", "trajectory": {"checkpoints": found, **trajectory}}
 
 
+def extra_merge(
+    *, step: Plain = 0.5, trajectory: Mapping[str, Plain] | None = None, **more: Plain
+) -> dict[str, Plain]:
+    """merge_method: extra_merge of windows of eight; the checkpoints x need not be there."""
+    return {
+        "merge_method": "extra_merge",
+        "trajectory": {"checkpoints": "x", "window": 8, **(trajectory or {})},
+        "parameters": {"step": step},
+        **more,
+    }
+
+
 def write_run(folder: Path, steps: Iterable[int], name: str = "step-{}") -> str:
     """One checkpoint for each of `steps`, its only tensor full of the step; the glob for all."""
     for step in steps:

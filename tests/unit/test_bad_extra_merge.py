@@ -83,7 +83,7 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
     "one of the windows too large": ("trajectory.window: 9 is more than the 4 checkpoints",
                                      {**extra(), "sweep": {"trajectory.window": [2, 9]}}),
     "too few": ("9 checkpoints are needed, 4 are left", extra(more={"last": 9})),
-    "no window": ("line 4, trajectory: window is missing: how many checkpoints make one merged",
+    "no window": ("line 5, trajectory: window is missing: how many checkpoints make one merged",
                   {**extra(), "trajectory": {"checkpoints": ""}}),
     "window of nothing": ("window: expected a whole number of at least 1; got 0",
                           extra(more={"window": 0})),
@@ -99,7 +99,7 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
     "no parameters": ("parameters: step is missing: merge intervals beyond the last merged "
                       "checkpoint, a number or a list .*, or {span: share}$",
                       without("parameters", extra())),
-    "no step": ("line 1, parameters: step is missing",
+    "no step": ("line 3, parameters: step is missing",
                 {**extra(), "parameters": {"direction": "secant"}}),
     "step": ("parameters.step: expected a finite number; got 'far'", extra("far")),
     "step of a list": (r"parameters.step\[1\]: expected a number or a word", extra([0, None])),
@@ -140,7 +140,7 @@ class Case(NamedTuple):
     message: str
     point: Point
     recipe: Recipe = extra()
-    count: int = 4
+    checkpoints: int = 4
 
 
 def with_x(values: dict[int, torch.Tensor]) -> Point:
@@ -169,12 +169,12 @@ CASES: dict[str, Case] = {
     ),
     "all equal, and many": Case(
         r"they are all equal \(.*/step-0, .*/step-1, .*/step-2, \.\.\., .*/step-6, .*/step-7\)$",
-        lambda _: on_a_line(0), count=8,
+        lambda _: on_a_line(0), checkpoints=8,
     ),
     "all equal that count": Case("they are all equal", lambda step: {
         **on_a_line(step), "x": Q}, extra(exclude=["y"])),
     "loop": Case(r"4 merged checkpoints \(window 2, stride 1\) have no direction: "
-                 r"the last is where the first was \(.*step-0, .*step-4\)$", circle, count=5),
+                 r"the last is where the first was \(.*step-0, .*step-4\)$", circle, checkpoints=5),
     "loop of the secant": Case(r"\(window 2, stride 1, secant\) have no direction: the last is",
                                circle,
                                {**extra(), "parameters": {"step": 1, "direction": "secant"}}, 5),
@@ -205,7 +205,7 @@ CASES: dict[str, Case] = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_checkpoints_that_do_not_make_a_trajectory_are_told(tmp_path: Path, case: Case) -> None:
-    told = refusal(tmp_path, case.recipe, case.point, case.count)
+    told = refusal(tmp_path, case.recipe, case.point, case.checkpoints)
     assert re.search(case.message, told), told
 
 

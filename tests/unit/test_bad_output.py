@@ -133,7 +133,6 @@ def test_a_disk_that_is_full_after_all_is_told(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    monkeypatch.setattr(os, "ftruncate", full)
     assert "no space left for model.safetensors" in str(refusal(half(*pair), tmp_path / "work/out"))
 
 
@@ -172,14 +171,14 @@ def test_out_that_can_be_no_path_is_refused(pair: tuple[Path, Path]) -> None:
         distmerge.merge(half(*pair), "~nobody9/out")
 
 
-def test_left_overs_of_killed_runs_are_named_and_kept(
+def test_left_overs_of_which_nothing_is_known_are_named_and_removed(
     tmp_path: Path, pair: tuple[Path, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    old = tmp_path / "work/.out.distmerge-1234"
+    old = tmp_path / "work/.out.distmerge-12345678"
     old.mkdir(parents=True)
     distmerge.merge(half(*pair), tmp_path / "work/out")
-    assert f"{old} is left from a run that was killed" in caplog.text
-    assert old.is_dir()
+    assert f"{old}: removed; nothing is known of it" in caplog.text
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["out"]
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:

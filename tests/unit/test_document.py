@@ -142,7 +142,7 @@ def test_overrides_leave_the_caller_s_mapping_alone() -> None:
         ("a={b: 1, b: 2}", "'b' stands here twice"),
         ("a={[1]: 2}", "a key must be text"),
         ("a=!mine {}", "tag"),
-        ("a=!!python/name:os.system", "not valid YAML"),
+        ("a=!!python/name:os.system", "tag"),
         ("a=2001-99-99", "not valid YAML: month"),
         ("a.x=1", "there is nothing to set at 'x'"),
         ("l.7=1", "there is nothing to set at 7"),

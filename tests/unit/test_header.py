@@ -70,9 +70,9 @@ WRONG: dict[str, tuple[bytes | dict[str, Any], str]] = {
     "negative size": ({"a": entry(shape=[-1])}, r"shape \[-1\]"),
     "size is a float": ({"a": entry(shape=[1.0])}, r"shape \[1.0\]"),
     "size is true": ({"a": entry(shape=[True])}, r"shape \[True\]"),
-    "shape is text": ({"a": entry(shape="1")}, "shape 1"),
+    "shape is text": ({"a": entry(shape="1")}, "shape '1'"),
     "size overflows": ({"a": entry(shape=[2**63])}, "shape"),
-    "shape overflows": ({"a": entry(shape=[2**62, 2**62])}, "can't take up 4 bytes"),
+    "shape overflows": ({"a": entry(shape=[2**62, 2**62])}, "shape"),
     "too many dimensions": ({"a": entry(shape=[1] * (MAX_DIMS + 1))}, "65 dimensions"),
     "no offsets": ({"a": {"dtype": "F32", "shape": [1]}}, "data_offsets None"),
     "one offset": ({"a": entry(data_offsets=[4])}, "data_offsets"),
@@ -165,7 +165,7 @@ ODD: dict[str, tuple[bytes | dict[str, Any], int, list[str]]] = {
     "only metadata": ({"__metadata__": {"format": "pt"}}, 0, []),
     "most dimensions": ({"a": entry(shape=[1] * MAX_DIMS)}, 4, ["a"]),
     "packed dtype": ({"a": entry(dtype="F4", shape=[8])}, 4, ["a"]),
-    "odd names": ({"": entry(), "\u00fc/\n\u2603": entry(4, 8)}, 8, ["", "\u00fc/\n\u2603"]),
+    "odd names": ({"": entry(), "\u00fc/\\\u2603": entry(4, 8)}, 8, ["", "\u00fc/\\\u2603"]),
     "more fields": ({"a": entry(more=1)}, 4, ["a"]),
 }
 
@@ -191,7 +191,9 @@ def test_the_header_tells_the_file_apart(tmp_path: Path) -> None:
 
 shapes = st.lists(st.integers(0, 3), max_size=4)
 tensors = st.dictionaries(
-    st.text(min_size=1, max_size=8).filter(lambda name: name != "__metadata__"),
+    st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=8).filter(
+        lambda name: name != "__metadata__"
+    ),
     st.tuples(st.sampled_from(list(SIZES)), shapes),
     max_size=5,
 )

@@ -94,14 +94,15 @@ def test_every_rank_s_cost_is_within_one_job_of_the_mean(content: Tensors, ranks
     mean, largest = sum(costs) / ranks, max(costs, default=0)
     for rank, share in enumerate(assign(plan, ranks)):
         assert abs(sum(costs[job] for job in share) - mean) <= largest + 1e-6
-        assert abs(sum(costs[: share.stop]) - mean * (rank + 1)) <= largest / 2 + 1e-6
+        if share:
+            assert abs(sum(costs[: share[-1] + 1]) - mean * (rank + 1)) <= largest / 2 + 1e-6
 
 
 def test_more_ranks_than_jobs_leave_some_without_work() -> None:
     plan = planned({"a": ("F32", 10), "b": ("F32", 10)})
     shares = assign(plan, 64)
     assert sorted(len(share) for share in shares) == [0] * 62 + [1, 1]
-    assert assign(planned({}), 3) == [range(0), range(0), range(0)]
+    assert assign(planned({}), 3) == [[], [], []]
 
 
 def test_nothing_in_a_plan_knows_the_number_of_ranks() -> None:

@@ -78,9 +78,10 @@ def test_config_tokenizer_and_code_come_along_and_nothing_else(tmp_path: Path) -
 
 def test_a_linked_file_is_copied_as_a_file(tmp_path: Path) -> None:
     """The Hub's cache is a folder of links."""
-    donor = write_checkpoint(tmp_path / "donor", {"a": torch.ones(1)})
-    (tmp_path / "blob").write_text('{"torch_dtype": "float32"}')
-    (donor / "config.json").symlink_to(tmp_path / "blob")
+    donor = write_checkpoint(tmp_path / "models--a/snapshots/c0ffee", {"a": torch.ones(1)})
+    (tmp_path / "models--a/blobs").mkdir()
+    (tmp_path / "models--a/blobs/b10b").write_text('{"torch_dtype": "float32"}')
+    (donor / "config.json").symlink_to("../../blobs/b10b")
     distmerge.merge(linear({donor: 1}), tmp_path / "out")
     copied = tmp_path / "out/config.json"
     assert not copied.is_symlink()

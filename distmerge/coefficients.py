@@ -1,0 +1,58 @@
+"""The coefficients that no recipe states: found by a statistic pass, or known from one before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from distmerge import gram as grams
+from distmerge import report, trend
+from distmerge.attempt import Attempt
+from distmerge.dist import World
+from distmerge.errors import ConfigError
+from distmerge.gram import Gram
+from distmerge.log import LOGGER
+from distmerge.passes import NOTHING, Done, Means, statistic_pass
+from distmerge.planner import Plan, solved
+from distmerge.stream import single_threaded
+from distmerge.sweep import Recipe
+
+
+def find_coefficients(
+    world: World, recipe: Recipe, plan: Plan, means: Means, places: tuple[Path, Attempt]
+) -> tuple[Plan, Done]:
+    """The plan with all coefficients, and what it took to find them. `places` are OUT, the attempt.
+
+    Raises ConfigError or MismatchError where there is nothing to extrapolate, or no direction.
+    """
+    if recipe.shared.extrapolation is None:
+        return plan, NOTHING
+    out, attempt = places
+    known = world.on_first("look for a statistic", lambda: _known(out, plan))
+    gram, done = known, NOTHING
+    if gram is None:
+        gram, done = statistic_pass(world, plan, means, attempt)
+    rows = world.on_first("solve", lambda: _solve(recipe, plan, gram))
+    copies = [attempt.folder / report.FOLDER / report.GRAM]
+    world.on_first(
+        "keep the statistic", lambda: grams.keep(gram, [*copies, grams.cache_path(out, plan)])
+    )
+    return solved(plan, rows), done
+
+
+def _known(out: Path, plan: Plan) -> Gram | None:
+    if not plan.trend_jobs:
+        raise ConfigError("parameters.exclude: no tensor is left to extrapolate")
+    path = grams.cache_path(out, plan)
+    if (found := grams.cached(path)) is not None:
+        LOGGER.info("statistic: known from %s; the inputs are read once", path)
+    return found
+
+
+def _solve(recipe: Recipe, plan: Plan, gram: Gram) -> list[Sequence[float]]:
+    configs = [variant.config for variant in recipe.variants]
+    labels = [plan.inputs[i].label for i in range(len(gram.matrix))]
+    with single_threaded():
+        trends = trend.find_trends(configs, gram.matrix, labels)
+        trend.warn_of_noise(trends)
+        return trend.coefficients(configs, trends)

@@ -1,0 +1,1 @@
+"""Whether what lies in OUT is whole and sound, and what its recipe makes of its inputs."""

@@ -1,0 +1,251 @@
+"""Whether an output is whole, sound, and what its recipe makes of its inputs.
+
+manifests -> headers, index, inputs (rank 0) -> sha256, NaN (all ranks) -> some tensors again
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from distmerge.dist import World, join
+from distmerge.document import Plain
+from distmerge.errors import OutputError
+from distmerge.log import Progress
+from distmerge.output import MANIFEST
+from distmerge.reference import as_path
+from distmerge.stream import single_threaded
+from distmerge.verification.manifest import Finding, Manifest, output_names, read_manifest
+from distmerge.verification.provenance import (
+    compare_headers,
+    find_copies,
+    survey,
+    try_plan,
+    with_coefficients,
+)
+from distmerge.verification.recompute import merge_again, other_versions, parse_share, sample
+from distmerge.verification.scan import Scanned, Scanner, deal
+from distmerge.verification.structure import Structure, compare_with_plan, look_around, look_at
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verification:
+    """What was looked at, and what is off. `notes` say what could not be looked at, and why.
+
+    `bytes` are those of the `files` that were read; `recomputed` counts the tensors that were
+    merged again, drawn with `seed` (None where none was asked for).
+    """
+
+    out: Path
+    findings: tuple[Finding, ...]
+    notes: tuple[Finding, ...]
+    outputs: int
+    files: int
+    bytes: int
+    tensors: int
+    recomputed: int
+    seed: int | None
+    ranks: int
+    seconds: float
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing is off."""
+        return not self.findings
+
+    def as_plain(self) -> dict[str, Plain]:
+        """For JSON."""
+        return {
+            "out": str(self.out),
+            "sound": self.sound,
+            "findings": [{"where": f.where, "what": f.what} for f in self.findings],
+            "notes": [{"where": f.where, "what": f.what} for f in self.notes],
+            "outputs": self.outputs,
+            "files": self.files,
+            "bytes": self.bytes,
+            "tensors": self.tensors,
+            "recomputed": self.recomputed,
+            "seed": self.seed,
+            "ranks": self.ranks,
+            "seconds": self.seconds,
+        }
+
+
+class _Looked(NamedTuple):
+    """What rank 0 tells the others of an output: its files that are there, how many tensors these
+    hold, and the tensors to merge again with the files that hold them."""
+
+    manifest: Manifest
+    files: tuple[str, ...]
+    tensors: int
+    again: dict[str, str]
+
+
+class _Wanted(NamedTuple):
+    """The share of tensors to merge again, and the seed that the user gave for drawing them."""
+
+    share: float
+    seed: int | None
+
+
+def verify(
+    out: str | Path,
+    *,
+    recompute: str | None = None,
+    seed: int | None = None,
+    progress: bool = False,
+) -> Verification:
+    """Check all that a merge left in `out`; call it on every rank, or in one process alone.
+
+    Files against the manifest (all of them, by sha256), headers, index, shapes and dtypes against
+    the inputs, no NaN or Inf, and no copy of a single input. With `recompute`, 'all' or a share
+    as '1%' of the tensors is merged again and compared to the byte; `seed` draws others.
+
+    Returns the findings, on every rank. Raises OutputError where `out` is not what a merge left,
+    ConfigError for a bad share, and what a merge raises where inputs or outputs can't be read.
+    """
+    started = time.monotonic()
+    share = None if recompute is None else parse_share(recompute)
+    target = as_path(str(out))
+    with join(use_cuda=False) as world, single_threaded():
+        wanted = None if share is None else _Wanted(share, seed)
+        looked, found, drawn = world.on_first(
+            "check the headers", lambda: _look(world, target, wanted)
+        )
+        sees = world.gather("look for the output", (target / MANIFEST).is_file)
+        able = [rank for rank, there in enumerate(sees) if there]
+        shown = progress and world.rank == 0
+        problems, readable = _scan(world, looked, able, shown=shown)
+        found += problems
+        drawn = [[n for n, f in each.again.items() if (each, f) in readable] for each in looked]
+        for each, names in zip(looked, drawn):
+            if names:
+                found += merge_again(world, each.manifest, names, able, shown=shown)
+        ranks = world.size
+    return Verification(
+        out=target,
+        findings=tuple(finding for finding in found if not finding.note),
+        notes=tuple(finding for finding in found if finding.note),
+        outputs=len(looked),
+        files=sum(len(each.files) for each in looked),
+        bytes=sum(each.manifest.files[name].num_bytes for each in looked for name in each.files),
+        tensors=sum(each.tensors for each in looked),
+        recomputed=sum(len(each.again) for each in looked),
+        seed=drawn,
+        ranks=ranks,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _look(
+    world: World, out: Path, wanted: _Wanted | None
+) -> tuple[list[_Looked], list[Finding], int | None]:
+    """All that needs no reading of whole files, and the seed that draws the tensors."""
+    names = output_names(out)
+    manifests, found = _manifests(out, names)
+    seed = None
+    if wanted is not None and manifests:
+        seed = int(manifests[0].plan[:8], 16) if wanted.seed is None else wanted.seed
+        wanted = wanted._replace(seed=seed)
+    looked: list[_Looked] = []
+    twin: Structure | None = None
+    for manifest in manifests:
+        world.check()
+        twin, problems = look_at(manifest, twin)
+        found += problems
+        again, problems = _compare(world, manifest, twin, wanted)
+        found += problems
+        count = sum(1 for _ in twin.tensors)
+        looked.append(_Looked(manifest, twin.files, count, again))
+    if names != [""]:
+        found += look_around(out, names)
+    return looked, found, seed
+
+
+def _manifests(out: Path, names: Sequence[str]) -> tuple[list[Manifest], list[Finding]]:
+    """Raises OutputError for the only output; one of many is a finding."""
+    if names == [""]:
+        return [read_manifest(out, "")], []
+    manifests: list[Manifest] = []
+    found: list[Finding] = []
+    for name in names:
+        try:
+            manifests.append(read_manifest(out, name))
+        except OutputError as error:
+            path = out / name / MANIFEST
+            what = str(error).removeprefix(f"{path}: ")
+            found.append(Finding(f"{name}/{MANIFEST}", what))
+    return manifests, found
+
+
+def _compare(
+    world: World, manifest: Manifest, structure: Structure, wanted: _Wanted | None
+) -> tuple[frozenset[str], list[Finding]]:
+    """An output against its inputs; also the tensors to merge again."""
+    seen = survey(manifest)
+    found = list(seen.notes)
+    plan, problems = try_plan(manifest, seen, insist=wanted is not None)
+    found += problems
+    again: frozenset[str] = frozenset()
+    if plan is None:
+        found += compare_headers(manifest, structure, seen)
+    else:
+        sound, problems = compare_with_plan(manifest, structure, plan)
+        found += problems
+        found += with_coefficients(plan, manifest)[1]
+        if wanted is not None:
+            names = [t.name for t in plan.tensors if t.elements and t.name in sound]
+            again = sample(names, wanted.share, f"{wanted.seed} {manifest.name}")
+            found += other_versions(manifest)
+    if structure.whole:
+        found += find_copies(manifest, seen, check=world.check)
+    return again, found
+
+
+def _scan(
+    world: World, looked: Sequence[_Looked], able: Sequence[int], *, shown: bool
+) -> list[Finding]:
+    """The ranks share the files; every rank gets what all have found."""
+    files = [(each.manifest, name) for each in looked for name in each.files]
+    sizes = [manifest.files[name].num_bytes for manifest, name in files]
+    dealt = deal(sizes, len(able))
+    mine = dealt[able.index(world.rank)] if world.rank in able else []
+
+    def work() -> list[tuple[int, Scanned]]:
+        with ExitStack() as stack:
+            progress = stack.enter_context(Progress("check", sum(sizes), shown=shown))
+            stack.enter_context(world.monitor.showing(progress))
+            scanner = stack.enter_context(closing(Scanner(world)))
+            return [
+                (number, scanner.scan(files[number][0].folder / files[number][1]))
+                for number in mine
+            ]
+
+    parts = world.gather("check the files", work)
+    scanned = dict(item for part in parts for item in part)
+    known = {
+        file.sha256: each.manifest.place(name)
+        for each in looked
+        for name, file in each.manifest.files.items()
+    }
+    found: list[Finding] = []
+    for number, (manifest, name) in enumerate(files):
+        found += _told(manifest, name, scanned[number], known)
+    return found
+
+
+def _told(manifest: Manifest, name: str, scanned: Scanned, known: dict[str, str]) -> list[Finding]:
+    found: list[Finding] = []
+    expected = manifest.files[name].sha256
+    if scanned.sha256 != expected:
+        whose = known.get(scanned.sha256)
+        what = f"its sha256 is {scanned.sha256[:16]}...; the manifest says {expected[:16]}..."
+        found.append(manifest.finding(name, what + (f" (it is {whose})" if whose else "")))
+    for tensor, (count, first) in scanned.nonfinite.items():
+        what = f"{count} NaN or Inf, the first is element {first}"
+        found.append(manifest.finding(name, what, tensor=tensor))
+    return found

@@ -1,0 +1,550 @@
+"""Inputs of an attacker, and inputs that change under us: refused in one line, soon, and in little
+memory; what they hold reaches neither terminal nor file system as it is.
+
+tests/fuzz has the malformed files, tests/hub the malicious repositories.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import logging
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import distmerge
+from distmerge import log
+from distmerge.cli import cli
+from distmerge.document import Plain
+from distmerge.errors import ConfigError, DistmergeError, SourceError
+from distmerge.log import printable
+from distmerge.pipeline import Options
+from distmerge.sources import fault
+from distmerge.sources.checkpoint import INDEX, open_checkpoint
+from distmerge.sources.header import read_header
+from distmerge.sources.reader import Inputs, open_reader
+from distmerge.sources.sidecars import MAX_CONFIG, MAX_SIDECAR
+from distmerge.sweep import load_recipe
+from tests.support.checkpoints import raw_file, read_output, write_checkpoint, write_index
+from tests.support.processes import BIN, environment, finish, slow_writes, start
+from tests.support.processes import wait_for_writers
+from tests.unit.recipes import linear
+from tests.unit.refusals import half, refusal, tree, write_pair
+
+PACKAGE = Path(distmerge.__file__).parent
+
+MEASURED = """
+import resource, sys, time
+from pathlib import Path
+from distmerge.errors import DistmergeError
+{what}
+before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+try:
+    opened(Path(sys.argv[1]))
+    print("accepted")
+except DistmergeError as error:
+    print(error)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(time.monotonic() - started)
+"""
+HEADER = "from distmerge.sources.header import read_header as opened"
+RECIPE = "from distmerge.sweep import load_recipe as opened"
+
+
+def measured(what: str, path: Path) -> tuple[str, float, float]:
+    """What opening `path` says in a process of its own, the MB and the seconds that it takes."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED.format(what=what), str(path)],
+        env=environment(), capture_output=True, text=True, timeout=100, check=True,
+    )  # fmt: skip
+    *message, kilobytes, seconds = done.stdout.splitlines()
+    assert len(message) == 1, message
+    return message[0], int(kilobytes) / 1024, float(seconds)
+
+
+def sparse(path: Path, length: int) -> Path:
+    """A file that claims a header of `length` bytes, has as many, and takes no disk."""
+    with path.open("wb") as file:
+        file.write(length.to_bytes(8, "little"))
+        file.truncate(8 + length)
+    return path
+
+
+def test_a_file_of_a_terabyte_is_refused_by_what_it_claims(tmp_path: Path) -> None:
+    message, megabytes, seconds = measured(HEADER, sparse(tmp_path / "x", 2**40))
+    assert "claims a header of 1099511627776 bytes" in message
+    assert megabytes < 10
+    assert seconds < 2
+
+
+@pytest.mark.parametrize("unit", [b"[],", b'"",', b'{"a":0},', b"1e9,"])
+def test_a_dense_header_takes_a_bounded_multiple_of_its_size(tmp_path: Path, unit: bytes) -> None:
+    text = b'{"a":{"shape":[' + unit * (2_000_000 // len(unit)) + b"0]}}"
+    message, megabytes, seconds = measured(HEADER, raw_file(tmp_path / "x", text))
+    assert "not a sound safetensors file" in message
+    assert megabytes < 80
+    assert seconds < 10
+
+
+ALIASES = "a: &a 1\nb: [" + "*a," * 150_000 + "]"
+WIDE = "a: [" + "1," * 245_000 + "]"
+NESTED = "{k: 1}"
+for level in range(30):
+    NESTED = f"{{<<: [&a{level} {NESTED}, *a{level}, *a{level}]}}"
+DEEP = "a: &a " + "[" * 45 + "1" + "]" * 45 + "\nb: [" + "*a," * 20_000 + "]"
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("x: 1\n" * 200_000, "more than 500000 bytes are no recipe"),
+        (f"a: {NESTED}", "more than 200000 values"),
+        (DEEP, "more than 200000 values"),
+        (ALIASES, "unknown key"),
+        ("[" * 400_000, "nested too deeply"),
+    ],
+    ids=["long", "merges of merges", "deep aliases", "many aliases", "deep"],
+)
+def test_a_recipe_that_grows_is_stopped(tmp_path: Path, text: str, part: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    message, megabytes, seconds = measured(RECIPE, path)
+    assert part in message
+    assert megabytes < 500
+    assert seconds < 30
+
+
+def test_a_recipe_without_end_is_stopped() -> None:
+    with pytest.raises(ConfigError, match="more than 500000 bytes|not valid YAML"):
+        load_recipe("/dev/zero")
+
+
+@pytest.mark.parametrize(
+    "key", ["/tmp/evil", "../../evil", "parameters./x", "a b", "a\x1b[m", "a/../b.step"]
+)
+def test_a_key_that_is_a_path_makes_no_folder(tmp_path: Path, key: str) -> None:
+    recipe: dict[str, Plain] = {**half(*write_pair(tmp_path)), "sweep": {key: [1, 2]}}
+    before = tree(tmp_path)
+    with pytest.raises(ConfigError, match="can't be swept"):
+        distmerge.merge(recipe, tmp_path / "out", lenient=True)
+    assert tree(tmp_path) == before
+
+
+def test_an_integer_that_python_does_not_print_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"merge_method: linear\nmodels: [{{model: 0x{'f' * 5000}}}]\n")
+    with pytest.raises(ConfigError, match="a number of so many digits"):
+        load_recipe(path)
+
+
+# Names
+
+
+HOSTILE_NAMES = ["a\x1b[31mred", "a\0b", "a\nb", "\x9b2J", "a\x7f", "\ud800", "x" * 1001]
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES, ids=ascii)
+def test_a_tensor_s_name_is_text(tmp_path: Path, name: str) -> None:
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    path = raw_file(tmp_path / "x.safetensors", {name: entry}, bytes(4))
+    with pytest.raises(SourceError, match="a tensor's name") as caught:
+        read_header(path)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
+
+
+def test_a_name_like_a_path_is_only_a_name(tmp_path: Path) -> None:
+    tensors = {"../x": torch.ones(2), "/etc/passwd": torch.ones(2), "a/b": torch.ones(2)}
+    folder = write_checkpoint(tmp_path / "in", tensors)
+    distmerge.merge(linear({folder: 1}), tmp_path / "work/out")
+    assert sorted(read_output(tmp_path / "work/out")) == sorted(tensors)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "work"]
+    made = {p.name for p in (tmp_path / "work/out").iterdir()}
+    assert made == {"distmerge.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("text", ["\x1b[2J", "\u202etxt.exe", "\x9b", "\udcff", "\0", "\x07", "\r"])
+def test_a_terminal_gets_escapes_in_writing(text: str) -> None:
+    shown = printable(f"a{text}b")
+    assert shown.isprintable()
+    assert json.loads(f'"{shown}"') == f"a{text}b"
+
+
+def hostile_folder(at: Path) -> Path:
+    """A checkpoint whose folder's name is no UTF-8 and would colour the terminal."""
+    return write_checkpoint(at / os.fsdecode(b"run-\xff\x1b[31m"), {"x": torch.ones(2)})
+
+
+def test_the_command_line_shows_no_raw_names(tmp_path: Path) -> None:
+    folder = hostile_folder(tmp_path)
+    (folder / "extra.bin").touch()
+    (folder / "model.safetensors").rename(folder / os.fsdecode(b"\xff\x1b[31m.safetensors"))
+    for arguments in (["inspect", str(folder)], ["inspect", f"{folder}/gone\x1b[m"]):
+        done = CliRunner().invoke(cli, arguments)
+        assert "\x1b" not in done.output
+        assert done.output.isascii() or done.exception
+
+
+def test_errors_and_logs_show_no_raw_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log.configure(rank=0, verbose=False, quiet=False)
+    logging.getLogger("distmerge").warning("a\x1b[31mb\nc\x07 %s", "\udcff")
+    assert capsys.readouterr().err == "a\\u001b[31mb\nc\\u0007 \\udcff\n"
+    done = subprocess.run(
+        [BIN / "distmerge", "inspect", os.fsencode(tmp_path) + b"/\xff\x1b[31m"],
+        env=environment(), capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert b"\x1b" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_names_that_are_no_utf8_come_through_a_merge(tmp_path: Path) -> None:
+    folder = hostile_folder(tmp_path)
+    name = os.fsdecode(b"tok\xff.json")
+    (folder / name).write_text("{}")
+    distmerge.merge(linear({folder: 1}), tmp_path / "out")
+    manifest = json.loads((tmp_path / "out/distmerge.json").read_text(encoding="utf-8"))
+    assert manifest["inputs"][0]["folder"] == str(folder)
+    assert name in manifest["files"]
+    assert (tmp_path / "out" / name).read_text() == "{}"
+
+
+def test_shards_whose_names_are_no_utf8_are_read(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "in", {"x": torch.ones(2)})
+    name = os.fsdecode(b"m\xff.safetensors")
+    (folder / "model.safetensors").rename(folder / name)
+    write_index(folder, {"x": name})
+    assert len(open_checkpoint(folder, label="it").identity) == 64
+
+
+# Links, pipes and what is no file
+
+
+def secret_beside(folder: Path) -> Path:
+    secret = folder / "secret.json"
+    secret.write_text('{"password": "hunter2"}')
+    return secret
+
+
+def link_to(target: str) -> Callable[[Path], None]:
+    def spoil(donor: Path) -> None:
+        (donor / "tokenizer.json").symlink_to(target)
+
+    return spoil
+
+
+def to_config(donor: Path) -> None:
+    (donor / "config.json").symlink_to("../secret.json")
+
+
+def below(donor: Path) -> None:
+    (donor / "sub").mkdir()
+    (donor / "sub/x.json").symlink_to(donor.parent / "secret.json")
+
+
+def circle(donor: Path) -> None:
+    (donor / "a.json").symlink_to("b.json")
+    (donor / "b.json").symlink_to("a.json")
+
+
+def pipe(donor: Path) -> None:
+    os.mkfifo(donor / "tokenizer.json")
+
+
+def large(donor: Path) -> None:
+    with (donor / "tokenizer.json").open("wb") as file:
+        file.truncate(MAX_SIDECAR + 1)
+
+
+def large_config(donor: Path) -> None:
+    with (donor / "config.json").open("wb") as file:
+        file.truncate(MAX_CONFIG + 1)
+
+
+def deep_config(donor: Path) -> None:
+    (donor / "config.json").write_text('{"a":' * 900 + "1" + "}" * 900)
+
+
+def false_cache(donor: Path) -> None:
+    """A folder that looks like the Hub's cache, but whose blobs are somebody's files."""
+    (donor.parent.parent / "blobs").symlink_to(donor.parent)
+    (donor / "tokenizer.json").symlink_to(donor.parent / "secret.json")
+
+
+LEAVES = "tokenizer.json: a link that leaves the folder, to .*; .* put a copy in its place$"
+BAD_SIDECARS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "relative": (link_to("../secret.json"), LEAVES),
+    "absolute": (link_to("/etc/passwd"), LEAVES),
+    "device": (link_to("/dev/zero"), LEAVES),
+    "through a link": (link_to("/proc/self/cwd/pyproject.toml"), LEAVES),
+    "config": (to_config, "config.json: a link that leaves the folder"),
+    "in a subfolder": (below, "sub/x.json: a link that leaves the folder"),
+    "cache of its own": (false_cache, LEAVES),
+    "to nothing": (link_to("gone.json"), "tokenizer.json: can't be read: No such file"),
+    "circle": (circle, "a.json: can't be read: .*"),
+    "pipe": (pipe, "tokenizer.json: not a file that can be copied"),
+    "large": (large, "tokenizer.json: it has 500000001 bytes"),
+    "large config": (large_config, "config.json: it has 10000001 bytes"),
+    "deep config": (deep_config, "config.json: not JSON"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), BAD_SIDECARS.values(), ids=BAD_SIDECARS.keys())
+def test_what_lies_elsewhere_is_not_copied(
+    tmp_path: Path, spoil: Callable[[Path], None], message: str
+) -> None:
+    snapshots = tmp_path / "cache/snapshots"
+    donor = write_checkpoint(snapshots / "c0ffee", {"x": torch.ones(2)})
+    secret_beside(snapshots)
+    spoil(donor)
+    started = time.monotonic()
+    with pytest.raises(SourceError, match=message):
+        distmerge.merge(linear({donor: 1}), tmp_path / "work/out", options=Options(memory="64MB"))
+    assert time.monotonic() - started < 5
+    assert not (tmp_path / "work/out").exists()
+    written = [p for p in (tmp_path / "work").rglob("*") if p.is_file()]
+    assert not [p for p in written if b"hunter2" in p.read_bytes()]
+
+
+def test_links_within_the_folder_and_into_the_hub_s_blobs_are_followed(tmp_path: Path) -> None:
+    donor = write_checkpoint(tmp_path / "models--a/snapshots/c0ffee", {"x": torch.ones(2)})
+    blobs = tmp_path / "models--a/blobs"
+    blobs.mkdir()
+    (blobs / "1").write_text("{}")
+    (donor / "model.safetensors").rename(blobs / "2")
+    (donor / "tokenizer.json").symlink_to("../../blobs/1")
+    (donor / "model.safetensors").symlink_to("../../blobs/2")
+    (donor / "vocab.json").symlink_to("tokenizer.json")
+    (donor / "sub").mkdir()
+    (donor / "sub/x.json").symlink_to("../../../blobs/1")
+    distmerge.merge(linear({donor: 1}), tmp_path / "out")
+    for name in ("tokenizer.json", "vocab.json", "sub/x.json"):
+        copied = tmp_path / "out" / name
+        assert not copied.is_symlink()
+        assert copied.read_text() == "{}"
+
+
+def test_linked_folders_are_not_entered(tmp_path: Path) -> None:
+    donor = write_checkpoint(tmp_path / "donor", {"x": torch.ones(2)})
+    (tmp_path / "private").mkdir()
+    secret_beside(tmp_path / "private")
+    (donor / "sub").symlink_to(tmp_path / "private")
+    distmerge.merge(linear({donor: 1}), tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "distmerge.json", "model.safetensors",
+    ]  # fmt: skip
+
+
+def test_a_folder_with_a_file_s_name_is_left_out(tmp_path: Path) -> None:
+    donor = write_checkpoint(tmp_path / "donor", {"x": torch.ones(2)})
+    for name in ("distmerge.json", "model.safetensors.d", "other.safetensors", INDEX):
+        (donor / name).mkdir()
+        (donor / name / "x.json").write_text("{}")
+    distmerge.merge(linear({donor: 1}), tmp_path / "out")
+    assert (tmp_path / "out/distmerge.json").is_file()
+    assert (tmp_path / "out/model.safetensors.d/x.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", INDEX])
+def test_a_pipe_in_the_place_of_a_file_keeps_nobody_waiting(tmp_path: Path, name: str) -> None:
+    (tmp_path / "in").mkdir()
+    os.mkfifo(tmp_path / "in" / name)
+    with pytest.raises(SourceError, match=r"no \*.safetensors in it"):
+        open_checkpoint(tmp_path / "in", label="it")
+
+
+# Code
+
+
+def calls(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield from (alias.name for alias in node.names)
+
+
+def test_nothing_unpickles_or_runs_what_it_reads() -> None:
+    """The ranks' own messages to each other are the exception: torch.distributed pickles those."""
+    unsafe = {"pickle", "torch.load", "load_pickle", "eval", "exec", "compile", "__import__",
+              "yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "numpy.load",
+              "np.load", "runpy", "marshal", "shelve"}  # fmt: skip
+    found = {(path.name, name) for path in PACKAGE.rglob("*.py") for name in calls(path)}
+    assert not {pair for pair in found if pair[1] in unsafe}
+
+
+def test_code_beside_the_weights_is_copied_and_not_run(tmp_path: Path) -> None:
+    donor = write_checkpoint(
+        tmp_path / "donor",
+        {"x": torch.ones(2)},
+        config={"auto_map": {"AutoConfig": "evil.Config"}, "torch_dtype": "float32"},
+    )
+    for name in ("evil.py", "sitecustomize.py", "conftest.py"):
+        (donor / name).write_text(f"open({str(tmp_path / 'pwned')!r}, 'w')\n")
+    distmerge.merge(linear({donor: 1}), tmp_path / "out")
+    assert (tmp_path / "out/evil.py").is_file()
+    assert not (tmp_path / "pwned").exists()
+
+
+# Inputs that change
+
+
+def shrink(path: Path) -> None:
+    os.truncate(path, 200)
+
+
+def grow(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"more")
+
+
+def touch(path: Path) -> None:
+    time.sleep(0.02)  # file systems count time in ticks
+    path.touch()
+
+
+def replace(path: Path) -> None:
+    time.sleep(0.02)
+    other = path.with_name("other")
+    other.write_bytes(path.read_bytes())
+    other.replace(path)
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+CHANGES = [shrink, grow, touch, replace, remove]
+
+
+def an_input(folder: Path) -> tuple[Inputs, Path]:
+    write_checkpoint(folder, {"x": torch.ones(100_000)})
+    opened = open_checkpoint(folder, label="it")
+    return Inputs([opened], "auto"), folder / "model.safetensors"
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_that_changed_since_the_plan_is_not_read(
+    tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    inputs, path = an_input(tmp_path)
+    change(path)
+    with pytest.raises(SourceError, match=r"model\.safetensors: it (was changed|can't be read)"):
+        inputs.reader(0, 0)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_that_changed_after_it_was_read_is_noticed(
+    tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    inputs, path = an_input(tmp_path)
+    inputs.reader(0, 0)
+    inputs.check_unchanged()
+    change(path)
+    with pytest.raises(SourceError, match=r"model\.safetensors: it (was changed|can't be read)"):
+        inputs.check_unchanged()
+    inputs.close()
+
+
+@pytest.mark.parametrize("mode", ["mmap", "pread"])
+def test_a_file_that_shrank_is_named_by_the_next_read(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(bytes(100_000))
+    reader = open_reader(path, mode)  # type: ignore[arg-type]
+    buffer = torch.empty(200_000, dtype=torch.uint8)
+    os.truncate(path, 200)
+    with pytest.raises(SourceError, match=f"{path}: it ends at byte 200, inside a tensor"):
+        reader.read(50_000, 10_000, buffer)
+    reader.close()
+
+
+def test_a_mapped_file_that_shrinks_under_a_view_does_not_end_the_process(tmp_path: Path) -> None:
+    fault.forget()
+    path = tmp_path / "x"
+    path.write_bytes(b"\1" * 1_000_000)
+    reader = open_reader(path, "mmap")
+    view = reader.read(0, 1_000_000, torch.empty(0))
+    assert not fault.is_lost(path)
+    os.truncate(path, 5000)
+    assert int(view.sum()) == 5000  # zeros, where the kernel would send SIGBUS
+    assert fault.is_lost(path)
+    with pytest.raises(SourceError, match=r"x: it ends at byte 5000|x: a part of it is gone"):
+        reader.read(0, 1_000_000, torch.empty(0))
+    reader.close()
+    fault.forget()
+
+
+BUS_ERROR = """
+import mmap, os, sys
+import torch
+from pathlib import Path
+from distmerge.sources import fault
+path = Path(sys.argv[1])
+path.write_bytes(bytes(8192))
+with path.open("r+b") as file:
+    ours, other = (mmap.mmap(file.fileno(), 8192) for _ in range(2))
+fault.watch(ours, path)
+os.truncate(path, 0)
+print(ours[5000], flush=True)
+other[5000]
+"""
+
+
+def test_a_bus_error_that_is_not_ours_stays_one(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BUS_ERROR, tmp_path / "x"],
+        env=environment(), capture_output=True, text=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, 0)),
+    )  # fmt: skip
+    assert (done.stdout, done.returncode) == ("0\n", -7)
+
+
+@pytest.mark.parametrize("mode", ["mmap", "pread"])
+@pytest.mark.parametrize("change", [shrink, touch])
+def test_a_merge_whose_input_changes_leaves_nothing(
+    tmp_path: Path, mode: str, change: Callable[[Path], None]
+) -> None:
+    tensors = {f"x{i}": torch.ones(1_000_000) for i in range(8)}
+    first = write_checkpoint(tmp_path / "first", tensors)
+    second = write_checkpoint(tmp_path / "second", tensors)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(half(first, second)))
+    command = [BIN / "distmerge", "merge", "--read", mode, recipe, tmp_path / "work/out"]
+
+    running = start(command, environment(**slow_writes(tmp_path)))
+    wait_for_writers(tmp_path, 1)
+    change(second / "model.safetensors")
+    done = finish(running, timeout=60)
+
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    assert str(second / "model.safetensors") in errors[0]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "work/out").exists()
+
+
+def test_a_merge_in_memory_of_changed_inputs_is_refused(tmp_path: Path) -> None:
+    """As the pipeline opens headers first, a change before the first read is caught there."""
+    first, second = write_pair(tmp_path)
+    assert not isinstance(refusal(spoiled(first, second), tmp_path / "work/out"), RuntimeError)
+
+
+def spoiled(first: Path, second: Path) -> dict[str, Plain]:
+    os.truncate(second / "model.safetensors", 60)
+    return half(first, second)
+
+
+def test_every_refusal_here_is_ours() -> None:
+    assert issubclass(SourceError, DistmergeError)
