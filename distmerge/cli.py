@@ -25,7 +25,6 @@ from distmerge.pipeline import DEFAULT_SHARD, Options
 Command = TypeVar("Command", bound=Callable[..., object])
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-SIGTERM_CODE = 128 + signal.SIGTERM
 LEAVE_LAST = 2.0
 """Seconds that a rank waits whose error another rank prints: launchers stop all once one ends."""
 
@@ -244,24 +243,28 @@ def _echo(text: object, *, err: bool = False) -> None:
     click.echo(log.printable_lines(str(text)), err=err)
 
 
-class _Terminated(BaseException):
-    """SIGTERM: unwind, so that the temporary folder goes."""
+class _Stopped(BaseException):
+    """A signal: unwind, so that what is done can be gone on with."""
 
 
-def _on_sigterm(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers send it twice
-    raise _Terminated
+def _on_signal(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
+    """Launchers send SIGTERM twice; who presses Ctrl-C twice wants an end at once."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    raise _Stopped(number)
 
 
 def main() -> None:
     """Run the command and exit with its code; one line for what the user can mend."""
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _on_signal)
     code = 0
     try:
         _run()
-    except _Terminated:
-        code = SIGTERM_CODE
-        _echo("error: stopped by SIGTERM; OUT is complete or as it was before", err=True)
+    except _Stopped as stopped:
+        name = signal.Signals(stopped.args[0]).name
+        code = 128 + stopped.args[0]
+        _echo(f"error: stopped by {name}; OUT is complete or as it was before", err=True)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
     except BaseException:

@@ -160,6 +160,10 @@ def _specs(path: Path, header: dict[str, object], number: int, data: int) -> dic
 def _check_metadata(path: Path, metadata: object) -> None:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         _refuse(path, "__metadata__ must map strings to strings")
+    try:
+        "".join((*metadata, *metadata.values())).encode()
+    except UnicodeEncodeError:
+        _refuse(path, "__metadata__ is not Unicode text")
 
 
 def _spec(path: Path, name: str, fields: object, number: int, data: int) -> TensorSpec:

@@ -44,10 +44,11 @@ def look_up(manifest: Manifest, opened: Opened) -> list[Checkpoint]:
     return found
 
 
-def notes(opened: Opened) -> list[Finding]:
-    """On the inputs that are not as they were."""
+def notes(opened: Opened, *, compared: bool) -> list[Finding]:
+    """On the inputs that are not as they were; `compared` all the same?"""
+    left_out = "" if compared else "; the output was not compared with it"
     return [
-        Finding(given.label, f"{found}; the output was not compared with it", note=True)
+        Finding(given.label, f"{found}{left_out}", note=True)
         for given, found in opened.items()
         if isinstance(found, str)
     ]

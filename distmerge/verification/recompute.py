@@ -56,7 +56,11 @@ def other_versions(manifest: Manifest) -> list[Finding]:
     ours = versions()
     differing = [key for key in DECISIVE if manifest.versions.get(key) != ours[key]]
     told = ", ".join(f"{key} {manifest.versions.get(key)} (here {ours[key]})" for key in differing)
-    return [Finding("versions", f"merged with {told}: last bits may differ", note=True)] if told else []
+    return (
+        [Finding("versions", f"merged with {told}: last bits may differ", note=True)]
+        if told
+        else []
+    )
 
 
 class Difference(NamedTuple):

@@ -6,7 +6,7 @@ import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import ExitStack, closing
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +15,7 @@ import torch
 
 from distmerge.dist import World
 from distmerge.errors import PeerError, RunError, SourceError
+from distmerge.log import Progress
 from distmerge.methods.average import count_nonfinite
 from distmerge.sources.header import read_header
 from distmerge.sources.reader import open_reader
@@ -143,6 +144,24 @@ class Scanner:
         if block.dtype.itemsize > 2:
             return block.sum()
         return self._cast[: block.numel()].copy_(block).sum()
+
+
+def scan_all(
+    world: World, files: Sequence[tuple[Path, int]], able: Sequence[int], *, shown: bool
+) -> list[Scanned]:
+    """What one of the ranks `able` finds in each of `files` (with their bytes), on every rank."""
+    sizes = [size for _, size in files]
+    mine = deal(sizes, len(able))[able.index(world.rank)] if world.rank in able else []
+
+    def work() -> list[tuple[int, Scanned]]:
+        with ExitStack() as stack:
+            progress = stack.enter_context(Progress("check", sum(sizes), shown=shown))
+            stack.enter_context(world.monitor.showing(progress))
+            scanner = stack.enter_context(closing(Scanner(world)))
+            return [(number, scanner.scan(files[number][0])) for number in mine]
+
+    found = dict(item for part in world.gather("check the files", work) for item in part)
+    return [found[number] for number in range(len(files))]
 
 
 def _floats(path: Path) -> Iterable[TensorSpec]:

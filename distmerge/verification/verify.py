@@ -6,8 +6,7 @@ manifests -> headers, index, inputs (rank 0) -> sha256, NaN (all ranks) -> some 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -15,20 +14,22 @@ from typing import NamedTuple
 from distmerge.dist import World, join
 from distmerge.document import Plain
 from distmerge.errors import OutputError
-from distmerge.log import Progress
 from distmerge.output import MANIFEST
+from distmerge.planner import Plan
 from distmerge.reference import as_path
 from distmerge.stream import single_threaded
 from distmerge.verification.manifest import Finding, Manifest, output_names, read_manifest
 from distmerge.verification.provenance import (
+    Opened,
     compare_headers,
     find_copies,
-    survey,
+    look_up,
+    notes,
     try_plan,
     with_coefficients,
 )
 from distmerge.verification.recompute import merge_again, other_versions, parse_share, sample
-from distmerge.verification.scan import Scanned, Scanner, deal
+from distmerge.verification.scan import Scanned, scan_all
 from distmerge.verification.structure import Structure, compare_with_plan, look_around, look_at
 
 
@@ -84,6 +85,11 @@ class _Looked(NamedTuple):
     tensors: int
     again: dict[str, str]
 
+    def to_merge(self, unreadable: Collection[str]) -> list[str]:
+        """The tensors to merge again whose files can be read."""
+        place = self.manifest.place
+        return [name for name, file in self.again.items() if place(file) not in unreadable]
+
 
 class _Wanted(NamedTuple):
     """The share of tensors to merge again, and the seed that the user gave for drawing them."""
@@ -119,10 +125,10 @@ def verify(
         sees = world.gather("look for the output", (target / MANIFEST).is_file)
         able = [rank for rank, there in enumerate(sees) if there]
         shown = progress and world.rank == 0
-        problems, readable = _scan(world, looked, able, shown=shown)
+        problems, unreadable = _read(world, looked, able, shown=shown)
         found += problems
-        drawn = [[n for n, f in each.again.items() if (each, f) in readable] for each in looked]
-        for each, names in zip(looked, drawn):
+        again = [each.to_merge(unreadable) for each in looked]
+        for each, names in zip(looked, again, strict=True):
             if names:
                 found += merge_again(world, each.manifest, names, able, shown=shown)
         ranks = world.size
@@ -134,7 +140,7 @@ def verify(
         files=sum(len(each.files) for each in looked),
         bytes=sum(each.manifest.files[name].num_bytes for each in looked for name in each.files),
         tensors=sum(each.tensors for each in looked),
-        recomputed=sum(len(each.again) for each in looked),
+        recomputed=sum(map(len, again)),
         seed=drawn,
         ranks=ranks,
         seconds=time.monotonic() - started,
@@ -147,23 +153,22 @@ def _look(
     """All that needs no reading of whole files, and the seed that draws the tensors."""
     names = output_names(out)
     manifests, found = _manifests(out, names)
-    seed = None
-    if wanted is not None and manifests:
-        seed = int(manifests[0].plan[:8], 16) if wanted.seed is None else wanted.seed
-        wanted = wanted._replace(seed=seed)
+    if wanted is not None and wanted.seed is None and manifests:
+        wanted = wanted._replace(seed=int(manifests[0].plan[:8], 16))
     looked: list[_Looked] = []
+    opened: Opened = {}
     twin: Structure | None = None
     for manifest in manifests:
         world.check()
         twin, problems = look_at(manifest, twin)
         found += problems
-        again, problems = _compare(world, manifest, twin, wanted)
+        again, problems = _compare(world, manifest, twin, wanted, opened)
         found += problems
-        count = sum(1 for _ in twin.tensors)
-        looked.append(_Looked(manifest, twin.files, count, again))
+        looked.append(_Looked(manifest, twin.files, sum(1 for _ in twin.tensors), again))
     if names != [""]:
         found += look_around(out, names)
-    return looked, found, seed
+    found += notes(opened, compared=wanted is not None)
+    return looked, list(dict.fromkeys(found)), wanted and wanted.seed
 
 
 def _manifests(out: Path, names: Sequence[str]) -> tuple[list[Manifest], list[Finding]]:
@@ -183,69 +188,69 @@ def _manifests(out: Path, names: Sequence[str]) -> tuple[list[Manifest], list[Fi
 
 
 def _compare(
-    world: World, manifest: Manifest, structure: Structure, wanted: _Wanted | None
-) -> tuple[frozenset[str], list[Finding]]:
+    world: World,
+    manifest: Manifest,
+    structure: Structure,
+    wanted: _Wanted | None,
+    opened: Opened,
+) -> tuple[dict[str, str], list[Finding]]:
     """An output against its inputs; also the tensors to merge again."""
-    seen = survey(manifest)
-    found = list(seen.notes)
-    plan, problems = try_plan(manifest, seen, insist=wanted is not None)
-    found += problems
-    again: frozenset[str] = frozenset()
+    found: list[Finding] = []
+    plan: Plan | None = None
+    if wanted is not None:
+        plan, found = try_plan(manifest, insist=True)  # may bring inputs from the Hub
+    inputs = look_up(manifest, opened)
+    if wanted is None and len(inputs) == len(manifest.inputs):
+        plan, found = try_plan(manifest, insist=False)
+    again: dict[str, str] = {}
     if plan is None:
-        found += compare_headers(manifest, structure, seen)
+        found += compare_headers(manifest, structure, inputs)
     else:
         sound, problems = compare_with_plan(manifest, structure, plan)
         found += problems
         found += with_coefficients(plan, manifest)[1]
         if wanted is not None:
             names = [t.name for t in plan.tensors if t.elements and t.name in sound]
-            again = sample(names, wanted.share, f"{wanted.seed} {manifest.name}")
+            drawn = sample(names, wanted.share, f"{wanted.seed} {manifest.name}")
+            again = {name: sound[name] for name in names if name in drawn}
             found += other_versions(manifest)
     if structure.whole:
-        found += find_copies(manifest, seen, check=world.check)
+        found += find_copies(manifest, inputs, check=world.check)
     return again, found
 
 
-def _scan(
+def _read(
     world: World, looked: Sequence[_Looked], able: Sequence[int], *, shown: bool
-) -> list[Finding]:
-    """The ranks share the files; every rank gets what all have found."""
+) -> tuple[list[Finding], set[str]]:
+    """What is wrong with the bytes of the files, and the files that could not be read."""
     files = [(each.manifest, name) for each in looked for name in each.files]
-    sizes = [manifest.files[name].num_bytes for manifest, name in files]
-    dealt = deal(sizes, len(able))
-    mine = dealt[able.index(world.rank)] if world.rank in able else []
-
-    def work() -> list[tuple[int, Scanned]]:
-        with ExitStack() as stack:
-            progress = stack.enter_context(Progress("check", sum(sizes), shown=shown))
-            stack.enter_context(world.monitor.showing(progress))
-            scanner = stack.enter_context(closing(Scanner(world)))
-            return [
-                (number, scanner.scan(files[number][0].folder / files[number][1]))
-                for number in mine
-            ]
-
-    parts = world.gather("check the files", work)
-    scanned = dict(item for part in parts for item in part)
+    listed = [(manifest.folder / name, manifest.files[name].num_bytes) for manifest, name in files]
     known = {
         file.sha256: each.manifest.place(name)
         for each in looked
         for name, file in each.manifest.files.items()
     }
     found: list[Finding] = []
-    for number, (manifest, name) in enumerate(files):
-        found += _told(manifest, name, scanned[number], known)
-    return found
+    unreadable: set[str] = set()
+    for (manifest, name), scanned in zip(
+        files, scan_all(world, listed, able, shown=shown), strict=True
+    ):
+        if scanned.problem:
+            unreadable.add(manifest.place(name))
+            found.append(manifest.finding(name, scanned.problem))
+        else:
+            found += _told(manifest, name, scanned, known)
+    return found, unreadable
 
 
-def _told(manifest: Manifest, name: str, scanned: Scanned, known: dict[str, str]) -> list[Finding]:
-    found: list[Finding] = []
+def _told(
+    manifest: Manifest, name: str, scanned: Scanned, known: Mapping[str, str]
+) -> Iterator[Finding]:
     expected = manifest.files[name].sha256
     if scanned.sha256 != expected:
         whose = known.get(scanned.sha256)
         what = f"its sha256 is {scanned.sha256[:16]}...; the manifest says {expected[:16]}..."
-        found.append(manifest.finding(name, what + (f" (it is {whose})" if whose else "")))
+        yield manifest.finding(name, what + (f" (it is {whose})" if whose else ""))
     for tensor, (count, first) in scanned.nonfinite.items():
         what = f"{count} NaN or Inf, the first is element {first}"
-        found.append(manifest.finding(name, what, tensor=tensor))
-    return found
+        yield manifest.finding(name, what, tensor=tensor)

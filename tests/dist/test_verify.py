@@ -154,7 +154,11 @@ def test_all_ranks_end_with_the_same_code(damaged: Path, arguments: list[str], c
 
 def command_ended_by_its_launcher(arguments: list[str]) -> None:
     """SIGTERM comes while the rank waits for rank 0 to print."""
-    mock.patch("time.sleep", lambda _: os.kill(os.getpid(), signal.SIGTERM)).start()
+
+    def stop(seconds: float) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    mock.patch("time.sleep", stop).start()
     command(arguments)
 
 

@@ -71,6 +71,9 @@ FOUND: dict[str, dict[str, bytes]] = {
             {"a": entry(0, 0, shape=[2**62] * 9 + [0])}
         ),
         "minus zero": b'\1\0{"a":{"dtype":"F32","shape":[-0],"data_offsets":[0,0]}}',
+        "half a surrogate pair in the metadata": as_header(
+            {"__metadata__": {"format": "\ud800"}, "a": entry()}
+        ),
         "long shape": as_header({"a": entry(shape=[2**63 - 1] * 64)}),
     },
     "index": {

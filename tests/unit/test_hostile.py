@@ -35,8 +35,7 @@ from distmerge.sources.reader import Inputs, open_reader
 from distmerge.sources.sidecars import MAX_CONFIG, MAX_SIDECAR
 from distmerge.sweep import load_recipe
 from tests.support.checkpoints import raw_file, read_output, write_checkpoint, write_index
-from tests.support.processes import BIN, environment, finish, slow_writes, start
-from tests.support.processes import wait_for_writers
+from tests.support.processes import BIN, environment, finish, slow_writes, start, wait_for_writers
 from tests.unit.recipes import linear
 from tests.unit.refusals import half, refusal, tree, write_pair
 
@@ -124,7 +123,7 @@ def test_a_recipe_that_grows_is_stopped(tmp_path: Path, text: str, part: str) ->
 
 
 def test_a_recipe_without_end_is_stopped() -> None:
-    with pytest.raises(ConfigError, match="more than 500000 bytes|not valid YAML"):
+    with pytest.raises(ConfigError, match=r"more than 500000 bytes|not valid YAML"):
         load_recipe("/dev/zero")
 
 

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 import distmerge
 from distmerge import cli
-from distmerge.errors import ConfigError, OutputError
+from distmerge.errors import ConfigError, OutputError, RunError
 from distmerge.pipeline import Options
+from distmerge.sources import reader
 from distmerge.spec import DTYPES, TensorSpec
 from distmerge.verification import recompute, scan
 from distmerge.verification.recompute import parse_share, sample
@@ -407,9 +408,9 @@ def test_an_output_that_is_a_copy_of_an_input(run: Path, tmp_path: Path) -> None
         shutil.copytree(run / "step-3", tmp_path / f"run/step-{step}")
     distmerge.merge(average(tmp_path / "run/step-*"), tmp_path / "out", options=SMALL)
     first, second = listed(distmerge.verify(tmp_path / "out", recompute="all"))
-    assert first == (
-        f"{tmp_path}/out: all float tensors are those of the input {tmp_path}/run/step-1, byte for byte"
-    )
+    inputs = tmp_path / "run"
+    what = f"all float tensors are those of the input {inputs}/step-1, byte for byte"
+    assert first == f"{tmp_path}/out: {what}"
     assert second.endswith("step-2, byte for byte")
 
 
@@ -442,13 +443,15 @@ def test_an_input_that_has_changed_is_noted(changed: Changed) -> None:
     found = distmerge.verify(changed.out)
     assert found.sound
     (note,) = map(str, found.notes)
-    assert note.startswith(f"{MANIFEST}: input {changed.step}: its files have changed since")
+    assert note.startswith(f"{changed.step}: its files have changed since")
     assert note.endswith("the output was not compared with it")
     again = distmerge.verify(changed.out, recompute="all")
     assert {finding.where.split(", ")[1] for finding in again.findings} == {
         "embed", "layers.0.w", "layers.0.half", "layers.1.w",
     }  # fmt: skip
-    assert len(again.notes) == 1
+    assert [note.what for note in again.notes] == [
+        "its files have changed since (sizes, headers or time stamps)"
+    ]
 
 
 def test_an_input_with_other_headers_makes_another_plan(changed: Changed) -> None:
@@ -469,7 +472,7 @@ def test_an_input_that_is_gone_is_noted_and_the_others_are_compared(changed: Cha
     shutil.rmtree(changed.step)
     found = distmerge.verify(changed.out)
     assert found.sound
-    assert f"input {changed.step}: there is no {changed.step} here" in str(found.notes[0])
+    assert str(found.notes[0]).startswith(f"{changed.step}: there is no {changed.step} here; ")
     assert f"can't be planned again: {changed.step}" in only(
         distmerge.verify(changed.out, recompute="1%")
     )
@@ -478,6 +481,50 @@ def test_an_input_that_is_gone_is_noted_and_the_others_are_compared(changed: Cha
     forge(changed.out, FIRST)
     told = f"{FIRST}, embed: its shape is [5, 20]; in {changed.step.parent}/step-1 it is [20, 5]"
     assert told in listed(distmerge.verify(changed.out))
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """Let the disk fail where `path` lies."""
+    pread, broken = reader._Read._pread, path.stat().st_ino
+
+    def fail(self: reader._Read, view: memoryview, offset: int) -> int:
+        if os.fstat(self._file).st_ino == broken:
+            raise RunError(f"{self._path}: read error at byte {offset}: Input/output error")
+        return pread(self, view, offset)
+
+    monkeypatch.setattr(reader._Read, "_pread", fail)
+    monkeypatch.setattr(reader, "_cached", lambda path: False)
+
+
+def test_a_file_that_the_disk_does_not_give_is_found_and_the_rest_is_checked(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, out / THIRD)
+    (out / "config.json").write_text("{}")
+    found = distmerge.verify(out, recompute="all")
+    assert listed(found)[-1] == f"{THIRD}: read error at byte 0: Input/output error"
+    assert {finding.where for finding in found.findings} == {"config.json", THIRD}
+    assert 0 < found.recomputed < 6
+
+
+def test_an_input_that_the_disk_does_not_give_is_noted(
+    changed: Changed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, changed.step / "model-00001-of-00002.safetensors")
+    found = distmerge.verify(changed.out)
+    assert found.sound
+    (note,) = map(str, found.notes)
+    assert note.startswith(f"{changed.step}: ")
+    assert note.endswith("Input/output error; is the output a copy of it?")
+
+
+def test_an_input_of_several_outputs_is_noted_once(changed: Changed) -> None:
+    recipe = average(changed.step.parent / "step-*")
+    sweep = {"trajectory.schedule.ema": [0.1, 0.2, 0.3]}
+    distmerge.merge({**recipe, "sweep": sweep}, changed.out.parent / "sweep")  # type: ignore[dict-item]
+    os.utime(changed.step / "model-00001-of-00002.safetensors")
+    found = distmerge.verify(changed.out.parent / "sweep")
+    assert (found.sound, len(found.notes)) == (True, 1)
 
 
 def test_versions_that_may_change_last_bits_are_noted(out: Path) -> None:
