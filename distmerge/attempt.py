@@ -85,7 +85,7 @@ class Lock:
                 raise
             LOGGER.warning("%s: this file system has no locks: start no second run", path.parent)
         os.ftruncate(self._file, 0)
-        os.write(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        os.write(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
     def release(self) -> None:
         os.close(self._file)

@@ -493,7 +493,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
         return pread(self, view, offset)
 
     monkeypatch.setattr(reader._Read, "_pread", fail)
-    monkeypatch.setattr(reader, "_cached", lambda path: False)
+    monkeypatch.setattr(reader, "_cached", lambda _: False)
 
 
 def test_a_file_that_the_disk_does_not_give_is_found_and_the_rest_is_checked(
