@@ -9,7 +9,6 @@ from distmerge import gram as grams
 from distmerge import report, trend
 from distmerge.attempt import Attempt
 from distmerge.dist import World
-from distmerge.errors import ConfigError
 from distmerge.gram import Gram
 from distmerge.log import LOGGER
 from distmerge.passes import NOTHING, Done, Means, statistic_pass
@@ -23,30 +22,27 @@ def find_coefficients(
 ) -> tuple[Plan, Done]:
     """The plan with all coefficients, and what it took to find them. `places` are OUT, the attempt.
 
-    Raises ConfigError or MismatchError where there is nothing to extrapolate, or no direction.
+    Raises MismatchError where there is no direction.
     """
     if recipe.shared.extrapolation is None:
         return plan, NOTHING
     out, attempt = places
-    known = world.on_first("look for a statistic", lambda: _known(out, plan))
+    path, known = world.on_first(
+        "look for a statistic", lambda: _known(grams.cache_path(out, plan, means.device.type))
+    )
     gram, done = known, NOTHING
     if gram is None:
         gram, done = statistic_pass(world, plan, means, attempt)
     rows = world.on_first("solve", lambda: _solve(recipe, plan, gram))
-    copies = [attempt.folder / report.FOLDER / report.GRAM]
-    world.on_first(
-        "keep the statistic", lambda: grams.keep(gram, [*copies, grams.cache_path(out, plan)])
-    )
+    copies = [attempt.folder / report.FOLDER / report.GRAM, path]
+    world.on_first("keep the statistic", lambda: grams.keep(gram, copies))
     return solved(plan, rows), done
 
 
-def _known(out: Path, plan: Plan) -> Gram | None:
-    if not plan.trend_jobs:
-        raise ConfigError("parameters.exclude: no tensor is left to extrapolate")
-    path = grams.cache_path(out, plan)
+def _known(path: Path) -> tuple[Path, Gram | None]:
     if (found := grams.cached(path)) is not None:
         LOGGER.info("statistic: known from %s; the inputs are read once", path)
-    return found
+    return path, found
 
 
 def _solve(recipe: Recipe, plan: Plan, gram: Gram) -> list[Sequence[float]]:

@@ -157,5 +157,5 @@ class Engine:
         what = f"{name}, {step.tensor.name}" if name else step.tensor.name
         return NonFiniteError(
             f"{what}: {count} values overflow {step.tensor.dtype.torch_name}; "
-            "set out_dtype: float32 or bfloat16, or pass --allow-nonfinite"
+            "set a wider out_dtype, or pass --allow-nonfinite"
         )

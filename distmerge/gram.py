@@ -115,7 +115,7 @@ def _is_sound(gram: Gram) -> bool:
     )
 
 
-def cache_path(out: Path, plan: Plan) -> Path:
+def cache_path(out: Path, plan: Plan, device: str) -> Path:
     """Where the statistic of `plan` lies beside `out`: under a hash of all that it depends on.
 
     The headers, sizes and times that fingerprint an input could be the same for other contents, if
@@ -124,7 +124,7 @@ def cache_path(out: Path, plan: Plan) -> Path:
     """
     tensors = [tensor.name for tensor in plan.tensors if tensor.rule.kind == "trend"]
     rule = next(tensor.rule for tensor in plan.tensors if tensor.rule.kind == "trend")
-    digest = hashlib.sha256(json.dumps([tensors, versions()]).encode())
+    digest = hashlib.sha256(json.dumps([tensors, versions(), device]).encode())
     for i in rule.inputs:
         for file in plan.inputs[i].files:
             found = file.path.stat()

@@ -47,6 +47,8 @@ def contents(recipe: Recipe, sources: Sources) -> list[Content]:
             found.append(_content(recipe.shared, sources.donor, name, specs, rows, rules))
     if problems:
         raise MismatchError(_summary(problems, len(names)))
+    if recipe.shared.extrapolation and all(content.rule.kind != "trend" for content in found):
+        raise ConfigError("extra_merge: parameters.exclude leaves no float tensor to extrapolate")
     return found
 
 

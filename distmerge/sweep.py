@@ -219,7 +219,7 @@ def _short_names(axes: Sequence[_Axis]) -> list[str]:
 
 
 def _check_shared(variants: Sequence[Variant], axes: Sequence[_Axis]) -> None:
-    """Raise ConfigError where a swept key changes what all outputs must share."""
+    """Raise ConfigError where a swept key changes what all outputs must share, or nothing."""
     for variant in variants[1:]:
         if _skeleton(variant.config) != _skeleton(variants[0].config):
             keys = ", ".join(axis.key for axis in axes)
@@ -227,6 +227,9 @@ def _check_shared(variants: Sequence[Variant], axes: Sequence[_Axis]) -> None:
                 f"sweep: {keys}: it changes which checkpoints are read or how they are written, "
                 "not only how they are weighted; make a recipe for each"
             )
+    for number, variant in enumerate(variants):
+        if variant.config in [other.config for other in variants[:number]]:
+            raise ConfigError(f"sweep: {variant.name} is no other recipe than one before it")
 
 
 def _skeleton(config: Config) -> Config:

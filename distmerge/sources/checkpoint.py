@@ -187,10 +187,14 @@ def _single_file(folder: Path) -> str:
             f"{folder}: {len(candidates)} safetensors files ({', '.join(candidates[:3])} ...) "
             f"but no {INDEX} that says which tensors count"
         )
-    raise SourceError(f"{folder}: no *.safetensors in it{_other_formats(folder)}")
+    raise SourceError(f"{folder}: no *.safetensors in it{_elsewhere(folder)}")
 
 
-def _other_formats(folder: Path) -> str:
+def _elsewhere(folder: Path) -> str:
+    """What may have been meant: the outputs of a sweep, or files of other formats."""
+    inside = sorted(path.parent.name for path in folder.glob("*/model*.safetensors"))
+    if inside:
+        return f", but in {', '.join(dict.fromkeys(inside[:4]))}: name one of these folders"
     other = sorted(p.name for p in folder.glob("*.bin")) + sorted(
         p.name for p in folder.glob("*.pt")
     )

@@ -90,7 +90,7 @@ class _Read:
             count = self._pread(view[got:wanted], first + got)
             got += count
             if count < self._page and got < skip + num_bytes:
-                raise _ends_early(self._path, first + got)
+                raise _ends_early(self._path, os.fstat(self._file).st_size)
         return buffer[skip : skip + num_bytes]
 
     def _pread(self, view: memoryview, offset: int) -> int:

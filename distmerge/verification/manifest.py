@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -124,7 +125,7 @@ def read_manifest(out: Path, name: str) -> Manifest:
             folder=folder,
             recipe=_mapping(content["recipe"]),
             inputs=tuple(_given(entry) for entry in content["inputs"]),
-            plan=_text(content["plan"]),
+            plan=_digest(content["plan"]),
             shard_bytes=int(content["shard_bytes"]),
             versions=_mapping(content["versions"]),
             files=dict(_files(content["files"])),
@@ -163,6 +164,12 @@ def _text(value: object) -> str:
     return value
 
 
+def _digest(value: object) -> str:
+    if not re.fullmatch("[0-9a-f]{64}", _text(value)):
+        raise ValueError(f"expected a sha256; got {value!r:.80}")
+    return _text(value)
+
+
 def _mapping(value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise TypeError(f"expected a mapping; got {value!r:.60}")
@@ -177,7 +184,7 @@ def _files(listed: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, File]
     for name, entry in listed.items():
         if not _is_inside(name):
             raise ValueError(f"{name!r} is not the path of a file in this folder")
-        yield name, File(_text(entry["sha256"]), int(entry["bytes"]))
+        yield name, File(_digest(entry["sha256"]), int(entry["bytes"]))
 
 
 def _is_inside(name: str) -> bool:

@@ -7,7 +7,7 @@ import random
 import re
 import socket
 from bisect import bisect_right
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from typing import NamedTuple
 
@@ -135,7 +135,7 @@ def _difference(ours: torch.Tensor, theirs: torch.Tensor, dtype: DType, at: int)
 def merge_again(
     world: World,
     manifest: Manifest,
-    names: Collection[str],
+    names: frozenset[str],
     able: Sequence[int],
     *,
     shown: bool,

@@ -85,10 +85,10 @@ class _Looked(NamedTuple):
     tensors: int
     again: dict[str, str]
 
-    def to_merge(self, unreadable: Collection[str]) -> list[str]:
+    def to_merge(self, unreadable: Collection[str]) -> frozenset[str]:
         """The tensors to merge again whose files can be read."""
         place = self.manifest.place
-        return [name for name, file in self.again.items() if place(file) not in unreadable]
+        return frozenset(n for n, file in self.again.items() if place(file) not in unreadable)
 
 
 class _Wanted(NamedTuple):
@@ -224,7 +224,7 @@ def _read(
 ) -> tuple[list[Finding], set[str]]:
     """What is wrong with the bytes of the files, and the files that could not be read."""
     files = [(each.manifest, name) for each in looked for name in each.files]
-    listed = [(manifest.folder / name, manifest.files[name].num_bytes) for manifest, name in files]
+    paths = [(manifest.folder / name, manifest.files[name].num_bytes) for manifest, name in files]
     known = {
         file.sha256: each.manifest.place(name)
         for each in looked
@@ -232,9 +232,8 @@ def _read(
     }
     found: list[Finding] = []
     unreadable: set[str] = set()
-    for (manifest, name), scanned in zip(
-        files, scan_all(world, listed, able, shown=shown), strict=True
-    ):
+    results = scan_all(world, paths, able, shown=shown)
+    for (manifest, name), scanned in zip(files, results, strict=True):
         if scanned.problem:
             unreadable.add(manifest.place(name))
             found.append(manifest.finding(name, scanned.problem))

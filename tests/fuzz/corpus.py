@@ -74,6 +74,9 @@ FOUND: dict[str, dict[str, bytes]] = {
         "half a surrogate pair in the metadata": as_header(
             {"__metadata__": {"format": "\ud800"}, "a": entry()}
         ),
+        "half a surrogate pair that nobody reads": as_header(
+            {"a": entry(0, 0, shape=[0], more="\ud800")}, 0
+        ),
         "long shape": as_header({"a": entry(shape=[2**63 - 1] * 64)}),
     },
     "index": {

@@ -116,7 +116,7 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
     "exclude is no list": ("parameters.exclude: expected a list; got 'y'", extra(exclude="y")),
     "exclude of nothing": (r"parameters.exclude: 'lm_\*' matches no tensor; the first is 'n'$",
                            extra(exclude=["x", "lm_*"])),
-    "exclude of everything": ("parameters.exclude: no tensor is left to extrapolate$",
+    "exclude of everything": ("parameters.exclude leaves no float tensor to extrapolate$",
                               extra(exclude=["x", "[yz]"])),
     "average": ("trajectory.window: it belongs to merge_method: extra_merge; average takes last: n",
                 average("", window=2)),
@@ -183,7 +183,7 @@ CASES: dict[str, Case] = {
     "NaN that is excluded": Case("step-2/model.safetensors: tensor x .* --allow-nonfinite",
                                  with_x({2: POISONED}), extra(exclude=["x"])),
     "overflow": Case(
-        "error: step=90000, x: 3 values overflow float16; set out_dtype: float32 or bfloat16",
+        "error: step=90000, x: 3 values overflow float16; set a wider out_dtype",
         on_a_line, {**extra([0, 90_000]), "out_dtype": "float16"},
     ),
     "overflow of the only output": Case(
@@ -198,7 +198,7 @@ CASES: dict[str, Case] = {
     "integers": Case(r"n \(I64\) differs between .*/step-3 and .*/step-2; it can't be averaged. "
                      "non_float: donor", lambda step: {
                          **on_a_line(step), "n": torch.tensor([7, 8 + (step == 2)])}),
-    "nothing but integers": Case("no tensor is left to extrapolate",
+    "nothing but integers": Case("leaves no float tensor to extrapolate",
                                  lambda _: {"n": torch.tensor([7, 8])}),
 }  # fmt: skip
 

@@ -25,7 +25,7 @@ import distmerge
 from distmerge import log
 from distmerge.cli import cli
 from distmerge.document import Plain
-from distmerge.errors import ConfigError, DistmergeError, SourceError
+from distmerge.errors import ConfigError, SourceError
 from distmerge.log import printable
 from distmerge.pipeline import Options
 from distmerge.sources import fault
@@ -35,9 +35,9 @@ from distmerge.sources.reader import Inputs, open_reader
 from distmerge.sources.sidecars import MAX_CONFIG, MAX_SIDECAR
 from distmerge.sweep import load_recipe
 from tests.support.checkpoints import raw_file, read_output, write_checkpoint, write_index
-from tests.support.processes import BIN, environment, finish, slow_writes, start, wait_for_writers
+from tests.support.processes import BIN, environment, run
 from tests.unit.recipes import linear
-from tests.unit.refusals import half, refusal, tree, write_pair
+from tests.unit.refusals import half, tree, write_pair
 
 PACKAGE = Path(distmerge.__file__).parent
 
@@ -155,7 +155,7 @@ HOSTILE_NAMES = ["a\x1b[31mred", "a\0b", "a\nb", "\x9b2J", "a\x7f", "\ud800", "x
 def test_a_tensor_s_name_is_text(tmp_path: Path, name: str) -> None:
     entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
     path = raw_file(tmp_path / "x.safetensors", {name: entry}, bytes(4))
-    with pytest.raises(SourceError, match="a tensor's name") as caught:
+    with pytest.raises(SourceError, match=r"a tensor's name|not Unicode text") as caught:
         read_header(path)
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 500
@@ -272,7 +272,7 @@ def large_config(donor: Path) -> None:
 
 
 def deep_config(donor: Path) -> None:
-    (donor / "config.json").write_text('{"a":' * 900 + "1" + "}" * 900)
+    (donor / "config.json").write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
 
 
 def false_cache(donor: Path) -> None:
@@ -509,41 +509,43 @@ def test_a_bus_error_that_is_not_ours_stays_one(tmp_path: Path) -> None:
     assert (done.stdout, done.returncode) == ("0\n", -7)
 
 
+CHANGING = """
+import os
+
+path, change, write, written = os.environ["CHANGED"], os.environ["CHANGE"], os.pwrite, 0
+
+def changing(descriptor, data, offset):
+    global written
+    written += len(data)
+    if written > 5_000_000:
+        os.pwrite = write
+        os.truncate(path, 9_000_000) if change == "shrink" else os.utime(path)
+    return write(descriptor, data, offset)
+
+os.pwrite = changing
+"""
+"""A sitecustomize: after 5 MB of output an input changes."""
+
+
 @pytest.mark.parametrize("mode", ["mmap", "pread"])
-@pytest.mark.parametrize("change", [shrink, touch])
-def test_a_merge_whose_input_changes_leaves_nothing(
-    tmp_path: Path, mode: str, change: Callable[[Path], None]
-) -> None:
+@pytest.mark.parametrize("change", ["shrink", "touch"])
+def test_a_merge_whose_input_changes_leaves_nothing(tmp_path: Path, mode: str, change: str) -> None:
     tensors = {f"x{i}": torch.ones(1_000_000) for i in range(8)}
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook/sitecustomize.py").write_text(CHANGING)
+    changed = tmp_path / "second/model.safetensors"
+    hook = {"PYTHONPATH": str(tmp_path / "hook"), "CHANGED": str(changed), "CHANGE": change}
     first = write_checkpoint(tmp_path / "first", tensors)
     second = write_checkpoint(tmp_path / "second", tensors)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(half(first, second)))
     command = [BIN / "distmerge", "merge", "--read", mode, recipe, tmp_path / "work/out"]
 
-    running = start(command, environment(**slow_writes(tmp_path)))
-    wait_for_writers(tmp_path, 1)
-    change(second / "model.safetensors")
-    done = finish(running, timeout=60)
+    done = run(command, environment(**hook))
 
     assert done.returncode == 2, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr
-    assert str(second / "model.safetensors") in errors[0]
+    assert errors[0].startswith(f"error: {changed}: "), done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "work/out").exists()
-
-
-def test_a_merge_in_memory_of_changed_inputs_is_refused(tmp_path: Path) -> None:
-    """As the pipeline opens headers first, a change before the first read is caught there."""
-    first, second = write_pair(tmp_path)
-    assert not isinstance(refusal(spoiled(first, second), tmp_path / "work/out"), RuntimeError)
-
-
-def spoiled(first: Path, second: Path) -> dict[str, Plain]:
-    os.truncate(second / "model.safetensors", 60)
-    return half(first, second)
-
-
-def test_every_refusal_here_is_ours() -> None:
-    assert issubclass(SourceError, DistmergeError)

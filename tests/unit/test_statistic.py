@@ -344,7 +344,9 @@ def test_a_cache_that_can_t_be_written_costs_nothing(
     if what == "no folder":
         cache.touch()
     else:
-        grams.cache_path(tmp_path / "a" / "out", distmerge.plan(recipe(run))).mkdir(parents=True)
+        grams.cache_path(tmp_path / "a" / "out", distmerge.plan(recipe(run)), "cpu").mkdir(
+            parents=True
+        )
     merge(run, tmp_path / "a" / "out")
     assert ".safetensors: can't be written: " in caplog.text
     merge(run, tmp_path / "b" / "out")

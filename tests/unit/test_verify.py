@@ -372,9 +372,31 @@ def test_no_manifest_of_ours_can_not_be_verified(out: Path, content: str | None,
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../b", ".", "", "a\0b", "\ud800"])
 def test_a_manifest_that_leads_out_of_the_folder(out: Path, name: str) -> None:
-    entry = {"sha256": "0", "bytes": 1}
+    entry = {"sha256": "0" * 64, "bytes": 1}
     edit_manifest(out, lambda content: content["files"].update({name: entry}))
     with pytest.raises(OutputError, match="is not the path of a file in this folder"):
+        distmerge.verify(out)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda c: c.pop("files"),
+        lambda c: c.update(plan="no digest"),
+        lambda c: c["files"][FIRST].update(sha256=None),
+        lambda c: c["files"][FIRST].update(bytes="many"),
+        lambda c: c["files"][FIRST].update(bytes=float("inf")),
+        lambda c: c.update(inputs=[{"model": 3}]),
+        lambda c: c.update(recipe=[]),
+        lambda c: c.update(coefficients=[{"by_input": {"x": 1}, "tensors": []}]),
+        lambda c: c.update(coefficients=7),
+    ],
+)
+def test_a_manifest_that_is_not_whole_is_refused(
+    out: Path, edit: Callable[[dict[str, Any]], object]
+) -> None:
+    edit_manifest(out, edit)
+    with pytest.raises(OutputError, match="not a whole manifest"):
         distmerge.verify(out)
 
 
