@@ -41,19 +41,24 @@ class Assembly(NamedTuple):
         return [file for file, owner in enumerate(self.owners) if owner == rank]
 
 
-def choose(
-    world: World, plan: Plan, assignment: Sequence[Sequence[int]], folder: Path, mode: AssembleMode
-) -> Assembly:
-    """Ask every rank whether it sees `folder`, which rank 0 has just made.
+def who_sees(world: World, folder: Path, mode: AssembleMode) -> list[bool]:
+    """Which ranks see `folder`, which rank 0 has just made.
 
     Raises OutputError where `mode` is direct and a rank does not.
     """
     phase = "look for the output folder"
     seen = world.gather(phase, lambda: _appears(folder))
+    if mode == "direct" and not all(seen):
+        world.together(phase, lambda: _refuse(folder, seen.index(False)))
+    return seen
+
+
+def assembly(
+    plan: Plan, assignment: Sequence[Sequence[int]], seen: Sequence[bool], mode: AssembleMode
+) -> Assembly:
+    """How the results of `assignment` meet, where the ranks `seen` see the output. Pure."""
     if all(seen) and mode != "gather":
         return Assembly(gather=False, owners=_first_writers(plan, assignment))
-    if mode == "direct":
-        world.together(phase, lambda: _refuse(folder, seen.index(False)))
     hosts = [rank for rank, sees in enumerate(seen) if sees]
     owners = tuple(hosts[file % len(hosts)] for file in range(len(plan.files)))
     return Assembly(gather=True, owners=owners)
@@ -76,8 +81,9 @@ def _appears(folder: Path) -> bool:
 
 
 def _first_writers(plan: Plan, assignment: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """The rank that writes a shard's first bytes: it hashes what it writes on the way."""
-    owners = [0] * len(plan.shards)
+    """The rank that writes a shard's first bytes: it hashes what it writes on the way. Shards that
+    an earlier attempt has filled are dealt out."""
+    owners = [shard % len(assignment) for shard in range(len(plan.shards))]
     for rank, jobs in reversed(list(enumerate(assignment))):
         for number in reversed(jobs):
             owners[plan.tensors[plan.jobs[number].tensor].shard] = rank

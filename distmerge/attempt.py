@@ -35,6 +35,7 @@ _CHANGED = {
     "inputs": "the inputs changed",
     "versions": "versions changed",
     "device": "the device changed",
+    "nonfinite": "--allow-nonfinite changed",
 }
 """By key of an identity: what it means if two attempts differ in it."""
 
@@ -55,7 +56,7 @@ class Attempt:
     renamed: bool
 
 
-def identity(plan: Plan, device: str) -> dict[str, str]:
+def identity(plan: Plan, device: str, *, allow_nonfinite: bool) -> dict[str, str]:
     """All that decides a byte of the output; see _CHANGED for the keys."""
     prints = "".join(checkpoint.fingerprint for checkpoint in plan.inputs)
     return {
@@ -63,6 +64,7 @@ def identity(plan: Plan, device: str) -> dict[str, str]:
         "inputs": hashlib.sha256(prints.encode()).hexdigest(),
         "versions": json.dumps(versions(), sort_keys=True),
         "device": device,
+        "nonfinite": "allowed" if allow_nonfinite else "refused",
     }
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from distmerge import output
-from distmerge.assembly import AssembleMode, Assembly, GatherSink, all_steps, choose
+from distmerge.assembly import AssembleMode, Assembly, GatherSink, all_steps, assembly, who_sees
 from distmerge.attempt import Attempt
 from distmerge.dist import World
 from distmerge.document import Plain
@@ -90,9 +90,10 @@ def merge_pass(world: World, plan: Plan, means: Means, attempt: Attempt) -> Done
     """Every tensor of every output in the attempt's folder, written, synced and hashed."""
     started = time.monotonic()
     elements = _agreed_elements(world, plan, means.memory)
-    finished = _finished(world, plan, attempt)
+    seen = who_sees(world, attempt.folder, means.assemble)
+    finished = _finished(world, plan, attempt, seen)
     assignment = assign(plan, world.size, finished)
-    where = choose(world, plan, assignment, attempt.folder, means.assemble)
+    where = assembly(plan, assignment, seen, means.assemble)
     own = where.owned_by(world.rank)
     with ExitStack() as stack:
         name = _own_name(world, attempt)
@@ -124,14 +125,13 @@ def _own_name(world: World, attempt: Attempt) -> str | None:
     return f"{world.rank}-{secrets.token_hex(4)}" if attempt.state.is_dir() else None
 
 
-def _finished(world: World, plan: Plan, attempt: Attempt) -> frozenset[int]:
+def _finished(world: World, plan: Plan, attempt: Attempt, seen: Sequence[bool]) -> frozenset[int]:
     """The jobs that earlier attempts have done, as the bytes on the disk still show."""
     records = world.on_first("look for what is done", lambda: read_journals(attempt.state))
     if not records:
         return frozenset()
-    sees = world.gather("look for what is done", attempt.folder.is_dir)
-    able = [rank for rank, there in enumerate(sees) if there]
-    mine = records[able.index(world.rank) :: len(able)] if sees[world.rank] else []
+    able = [rank for rank, sees in enumerate(seen) if sees]
+    mine = records[able.index(world.rank) :: len(able)] if seen[world.rank] else []
     parts = world.gather(
         "check what is done",
         lambda: [record for record in mine if is_sound(record, attempt.folder, plan.files)],

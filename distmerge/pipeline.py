@@ -256,7 +256,7 @@ def _attempt(world: World, target: Path, plan: Plan, options: Options) -> Iterat
         attempt, lock = attempts.begin(
             target,
             plan,
-            attempts.identity(plan, device),
+            attempts.identity(plan, device, allow_nonfinite=options.allow_nonfinite),
             overwrite=options.overwrite,
             restart=options.restart,
         )

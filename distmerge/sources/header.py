@@ -129,8 +129,6 @@ def _parse(path: Path, raw: bytes) -> dict[str, object]:
         _refuse(path, f"the header is not JSON ({error})")
     if not isinstance(header, dict):
         _refuse(path, "the header is not a JSON object")
-    for name in header:
-        _check_name(path, name)
     return header
 
 
@@ -167,6 +165,7 @@ def _check_metadata(path: Path, metadata: object) -> None:
 
 
 def _spec(path: Path, name: str, fields: object, number: int, data: int) -> TensorSpec:
+    _check_name(path, name)
     where = f"tensor {_shown(name)}"
     if not isinstance(fields, dict):
         _refuse(path, f"{where} is not described by an object")
