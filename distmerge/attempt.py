@@ -18,6 +18,7 @@ import os
 import shutil
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +87,9 @@ class Lock:
             if error.errno not in _NO_LOCKS:
                 raise
             LOGGER.warning("%s: this file system has no locks: start no second run", path.parent)
+        if os.fstat(self._file).st_nlink == 0:  # its run ended between our open and our lock
+            os.close(self._file)
+            raise OutputError(f"{out}: another run has just ended there; start again")
         os.ftruncate(self._file, 0)
         os.write(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
@@ -101,18 +105,30 @@ def begin(
     Raises OutputError where `out` may not be written, or is being written by another run.
     """
     attempt = _find(out, wanted)
-    if not attempt.renamed:
-        _restore_replaced(out)
+    if not attempt.renamed:  # a mistake leaves no trace
         check_target(out, plan.inputs, overwrite=overwrite)
     try:
         attempt.state.mkdir(parents=True, exist_ok=True)
         lock = Lock(attempt.state / _LOCK, out)
     except OSError as error:
         raise OutputError(f"{out.parent}: can't be written: {error.strerror}") from error
-    _remove_others(out, attempt, wanted)
-    if restart or not attempt.folder.is_dir():
-        _forget(attempt, keep_end=attempt.renamed)
-    replace_text(attempt.state / _IDENTITY, json.dumps(dict(wanted)))
+    try:
+        others = _lock_others(out, attempt)
+        attempt = _find(out, wanted)  # another run may have come to its end meanwhile
+        _restore_replaced(out)
+        if not attempt.renamed:
+            check_target(out, plan.inputs, overwrite=overwrite)
+        _remove_others(out, attempt, wanted)
+        for other in others:
+            other.release()
+        if restart or not attempt.folder.is_dir():
+            _forget(attempt, keep_end=attempt.renamed)
+        if not (attempt.state / _IDENTITY).is_file():  # a full disk can be gone on with
+            replace_text(attempt.state / _IDENTITY, json.dumps(dict(wanted)))
+    except BaseException:
+        abandon(attempt, out, for_good=False)
+        lock.release()
+        raise
     return dataclasses.replace(attempt, resumed=attempt.folder.is_dir()), lock
 
 
@@ -147,11 +163,15 @@ def _restore_replaced(out: Path) -> None:
             old.rename(out)
 
 
+def _lock_others(out: Path, attempt: Attempt) -> list[Lock]:
+    """Hold what other recipes' attempts hold while they run. Raises OutputError where one does."""
+    return [Lock(state / _LOCK, out) for state in _beside(out, _STATE) if state != attempt.state]
+
+
 def _remove_others(out: Path, attempt: Attempt, wanted: Identity) -> None:
     """Earlier attempts that can't be gone on with: say why, and free their room."""
     for state in _beside(out, _STATE):
         if state != attempt.state:
-            Lock(state / _LOCK, out).release()
             LOGGER.warning("%s: an earlier attempt is dropped: %s", out, _difference(state, wanted))
             shutil.rmtree(state.with_name(state.name.removesuffix(_STATE)), ignore_errors=True)
             shutil.rmtree(state, ignore_errors=True)
@@ -170,7 +190,12 @@ def _difference(state: Path, wanted: Identity) -> str:
 
 
 def _forget(attempt: Attempt, *, keep_end: bool) -> None:
-    """Remove data and journals; the lock stays."""
+    """Remove data and journals; the lock stays.
+
+    The mark of the end goes first: without data, it would say that they are at OUT.
+    """
+    if not keep_end:
+        (attempt.state / _RENAMING).unlink(missing_ok=True)
     shutil.rmtree(attempt.folder, ignore_errors=True)
     kept = {_LOCK, _RENAMING} if keep_end else {_LOCK}
     for path in attempt.state.iterdir():
@@ -184,11 +209,15 @@ def mark_end(attempt: Attempt) -> None:
 
 
 def abandon(attempt: Attempt, out: Path, *, for_good: bool) -> None:
-    """After an error: keep what is done, unless there is none or it can't be used again."""
+    """After an error: keep what is done, unless there is none or it can't be used again.
+
+    What an earlier attempt has done stays in any case: a mistake in how it was to be gone on with
+    (too little memory, a full disk) must not cost it.
+    """
     if (attempt.state / _RENAMING).is_file() and not attempt.folder.exists():
         return  # the outputs are at OUT; only what comes after them is still to do
     done = [*attempt.state.glob("written-*"), *attempt.state.glob("summed-*")]
-    if for_good or not any(path.stat().st_size for path in done):
+    if (for_good and not attempt.resumed) or not any(path.stat().st_size for path in done):
         discard(attempt)
     else:
         LOGGER.warning(
@@ -197,6 +226,8 @@ def abandon(attempt: Attempt, out: Path, *, for_good: bool) -> None:
 
 
 def discard(attempt: Attempt) -> None:
-    """Remove all that the attempt has left beside OUT."""
-    shutil.rmtree(attempt.folder, ignore_errors=True)
+    """Remove all that the attempt has left beside OUT. Where it came to its end, the mark of that
+    goes last: the same command finishes this too."""
+    with suppress(OSError):
+        _forget(attempt, keep_end=not attempt.folder.exists())
     shutil.rmtree(attempt.state, ignore_errors=True)

@@ -93,6 +93,7 @@ def cli(local_rank: int | None) -> None:
 )  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace OUT if distmerge wrote it.")
 @click.option("--restart", is_flag=True, help="Throw away what an earlier attempt has done.")
+@click.option("--verify", "verifies", is_flag=True, help="Then check OUT, as `distmerge verify`.")
 @click.option(
     "--allow-nonfinite", is_flag=True, help="Go on (and count) where inputs hold NaN or Inf."
 )
@@ -105,6 +106,7 @@ def merge(
     lenient: bool,
     quiet: bool,
     verbose: bool,
+    verifies: bool,
     **options: Any,
 ) -> None:
     """Merge the checkpoints of CONFIG into the folder OUT.
@@ -127,6 +129,8 @@ def merge(
     )
     if rank == 0 and not quiet:
         _echo(presentation.summary(result))
+    if verifies:
+        _check(out, rank, progress=not quiet)
 
 
 @cli.command()
@@ -192,12 +196,7 @@ def verify(out: str, recompute: str | None, seed: int | None, as_json: bool) -> 
     """
     rank = detect(os.environ).rank
     log.configure(rank=rank, verbose=False, quiet=False)
-    found = distmerge.verify(out, recompute=recompute, seed=seed, progress=True)
-    if rank == 0:
-        text = presentation.verification_text(found)
-        _echo(json.dumps(found.as_plain(), indent=2) if as_json else text)
-    if not found.sound:
-        raise SystemExit(1)
+    _check(out, rank, recompute=recompute, seed=seed, progress=True, as_json=as_json)
 
 
 @cli.command()
@@ -241,6 +240,16 @@ def select(out: str, **given: str | None) -> None:
 def _echo(text: object, *, err: bool = False) -> None:
     """Print `text`. Names in it may come from strangers' files: a terminal must not obey them."""
     click.echo(log.printable_lines(str(text)), err=err)
+
+
+def _check(out: str, rank: int, *, as_json: bool = False, **how: Any) -> None:
+    """Print what a verification finds, and exit with 1 where something is off."""
+    found = distmerge.verify(out, **how)
+    if rank == 0:
+        text = presentation.verification_text(found)
+        _echo(json.dumps(found.as_plain(), indent=2) if as_json else text)
+    if not found.sound:
+        raise SystemExit(1)
 
 
 class _Stopped(BaseException):

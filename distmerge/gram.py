@@ -71,6 +71,7 @@ def save(gram: Gram, path: Path) -> None:
     tensors = {"gram": gram.matrix, "modules": gram.by_module.contiguous()}
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     try:
+        temporary.unlink(missing_ok=True)  # of a kill; in containers the same numbers come again
         # Not by save_file: its errors are none of Python's, and nobody else may read its files.
         with temporary.open("xb") as file:  # through no link that somebody put there
             file.write(serialized(tensors, metadata={"distmerge": names}))

@@ -6,6 +6,7 @@ synced before the line is written: what a power cut took is written again.
 
 from __future__ import annotations
 
+import errno
 import os
 import zlib
 from bisect import bisect_right
@@ -42,7 +43,8 @@ class Journal:
 
     def add(self, record: Record) -> None:
         line = f"{record.file} {record.offset} {record.length} {record.crc:08x}\n"
-        os.write(self._file, line.encode())
+        if os.write(self._file, line.encode()) < len(line):  # what follows would join it
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._unsynced += 1
         if self._unsynced >= SYNCED:
             self.sync()
@@ -77,7 +79,9 @@ def _parse(line: str) -> Record | None:
 
 def is_sound(record: Record, folder: Path, files: Sequence[OutputShard]) -> bool:
     """Whether the range still has its checksum."""
-    if not 0 <= record.file < len(files):
+    if not 0 <= record.file < len(files) or min(record.offset, record.length) < 0:
+        return False
+    if record.offset + record.length > files[record.file].size:
         return False
     crc, left, offset = 0, record.length, record.offset
     try:

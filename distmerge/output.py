@@ -64,7 +64,8 @@ def create_folders(temporary: Path, plan: Plan) -> None:
 
     Raises OutputError unless the disk has room for what is not there yet.
     """
-    there = sum((temporary / file.name).is_file() and file.size for file in plan.files)
+    _keep_shards(temporary, plan)
+    there = sum(_taken(temporary / file.name) for file in plan.files)
     needed = plan.output_bytes - there + _SPARE
     try:
         free = shutil.disk_usage(temporary.parent).free
@@ -78,6 +79,25 @@ def create_folders(temporary: Path, plan: Plan) -> None:
             (temporary / output.name).mkdir(exist_ok=True)
     except OSError as error:
         raise OutputError(f"{temporary.parent}: can't be written: {error.strerror}") from error
+
+
+def _keep_shards(temporary: Path, plan: Plan) -> None:
+    """Of what an earlier attempt left, the shards: what a kill cut short must not get OUT's name,
+    and the rest is soon made."""
+    kept = {temporary / file.name for file in plan.files}
+    for folder, _, names in os.walk(temporary):
+        for path in (Path(folder, name) for name in names):
+            if path not in kept:
+                path.unlink()
+
+
+def _taken(path: Path) -> int:
+    """Bytes of the disk that a file has; a sparse one has fewer than its size."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return 0
+    return min(found.st_blocks * 512, found.st_size)
 
 
 def write_sidecars(temporary: Path, plan: Plan, *, cast: bool) -> dict[str, Plain]:
@@ -232,6 +252,7 @@ def replace_text(path: Path, content: str) -> None:
 def replace_link(path: Path, target: str) -> None:
     """Let the link `path` lead to `target` beside it, whatever it led to before."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)  # a kill may have left it, and in containers numbers recur
     temporary.symlink_to(target, target_is_directory=True)
     temporary.replace(path)
 

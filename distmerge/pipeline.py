@@ -249,40 +249,33 @@ def _wants_cuda(choice: DeviceChoice) -> bool:
 @contextmanager
 def _attempt(world: World, target: Path, plan: Plan, options: Options) -> Iterator[Attempt]:
     """The attempt at `target`, new or gone on with; what it has done is kept where that helps."""
-    locks: list[attempts.Lock] = []
+    held: list[tuple[Attempt, attempts.Lock]] = []
 
     def prepare() -> Attempt:
         device = "cpu" if options.device != "cuda" else torch.cuda.get_device_name()
+        wanted = attempts.identity(plan, device, allow_nonfinite=options.allow_nonfinite)
         attempt, lock = attempts.begin(
-            target,
-            plan,
-            attempts.identity(plan, device, allow_nonfinite=options.allow_nonfinite),
-            overwrite=options.overwrite,
-            restart=options.restart,
+            target, plan, wanted, overwrite=options.overwrite, restart=options.restart
         )
-        try:
-            if not attempt.renamed:
-                output.create_folders(attempt.folder, plan)
-        except BaseException:
-            attempts.abandon(attempt, target, for_good=False)
-            lock.release()
-            raise
-        locks.append(lock)
+        held.append((attempt, lock))
+        if attempt.renamed:
+            reports.clear(target)
+        else:
+            output.create_folders(attempt.folder, plan)
         return attempt
 
-    attempt = world.on_first("prepare the output", prepare)
     try:
+        attempt = world.on_first("prepare the output", prepare)
         yield attempt
+        world.on_first("clean up", lambda: attempts.discard(attempt))
     except BaseException as error:
-        if world.rank == 0:
-            attempts.abandon(
-                attempt, target, for_good=getattr(error, "exit_code", 1) == UserError.exit_code
-            )
+        for_good = getattr(error, "exit_code", 1) == UserError.exit_code
+        for attempt, _ in held:
+            attempts.abandon(attempt, target, for_good=for_good)
         raise
     finally:
-        for lock in locks:
+        for _, lock in held:
             lock.release()
-    world.on_first("clean up", lambda: attempts.discard(attempt))
 
 
 def _carried_out(recipe: Recipe, sources: Sources) -> list[Plain]:

@@ -65,6 +65,12 @@ def make(out: Path) -> Path:
     return folder / PAGE
 
 
+def clear(out: Path) -> None:
+    """Remove what a kill has left of files that were being replaced."""
+    for path in [*out.glob(f".{BEST}.*"), *(out / FOLDER).glob(".*")]:
+        path.unlink(missing_ok=True)
+
+
 def keep_scores(out: Path, scores: dict[str, Any]) -> None:
     """Write the scores of a choice, and let OUT/best lead to what was chosen."""
     (out / FOLDER).mkdir(exist_ok=True)

@@ -19,6 +19,7 @@ import torch
 from distmerge.dist import World
 from distmerge.errors import NonFiniteError
 from distmerge.gram import Gram, modules
+from distmerge.log import LOGGER
 from distmerge.methods.average import count_nonfinite
 from distmerge.methods.extrapolate import GRAM_ELEMENTS, add_gram
 from distmerge.output import replace_text
@@ -80,15 +81,23 @@ class Part(NamedTuple):
 
 
 def read_snapshots(folder: Path) -> list[Part]:
-    """What the ranks of earlier attempts had summed up; no job is in two of them."""
+    """What the ranks of earlier attempts had summed up; no job is in two of them.
+
+    A power cut may leave a file empty or cut short: its jobs are done again.
+    """
     parts: list[Part] = []
     known: set[int] = set()
     for path in sorted(folder.glob(f"{_PREFIX}*.json")):
-        found = json.loads(path.read_bytes())
-        if known.isdisjoint(found["jobs"]):
+        try:
+            found = json.loads(path.read_bytes())
+            jobs = [int(job) for job in found["jobs"]]
             sums = {m: [int(units, 16) for units in pairs] for m, pairs in found["sums"].items()}
-            parts.append(Part(found["jobs"], sums))
-            known.update(found["jobs"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            LOGGER.warning("%s: it is damaged; what it held is done again", path)
+            continue
+        if known.isdisjoint(jobs):
+            parts.append(Part(jobs, sums))
+            known.update(jobs)
     return parts
 
 

@@ -90,11 +90,13 @@ def open_sources(recipe: Recipe, *, local_only: bool) -> Sources:
 
 
 def _named(config: Config, refs: Sequence[ModelRef]) -> tuple[int, ...]:
-    """Positions of all that `config` names; a model that is listed twice stands there twice."""
+    """Positions of all that `config` names, as a run of its own would order them; a model that is
+    listed twice stands there twice."""
     if config.trajectory is None:
         return tuple(range(len(refs)))
-    wanted = {*config.trajectory.checkpoints, config.base_model}
-    return tuple(i for i, ref in enumerate(refs) if ref in wanted)
+    own = {i for i, ref in enumerate(refs) if ref in config.trajectory.checkpoints}
+    base = {refs.index(config.base_model)} if config.base_model else set()
+    return (*sorted(own), *(base - own))
 
 
 def _donor(configs: Sequence[Config], refs: Sequence[ModelRef]) -> int:

@@ -109,7 +109,7 @@ def test_no_error_tells_a_secret(hub: HubServer, tmp_path: Path, variables: dict
     recipe = write_recipe(
         tmp_path / "recipe.yaml", "merge_method: linear\nmodels: [{model: team/all}]\n"
     )
-    command = [BIN / "distmerge", "merge", "--verbose", recipe, tmp_path / "out"]
+    command: list[str | Path] = [BIN / "distmerge", "merge", "--verbose", recipe, tmp_path / "out"]
 
     done = run(command, site(hub, tmp_path, **variables))
 
@@ -130,7 +130,7 @@ def test_the_environment_stays_out_of_what_a_merge_writes_and_prints(tmp_path: P
         f"  - {{model: {second}, parameters: {{weight: 1}}}}\n",
     )
     secrets = {"HF_TOKEN": TOKEN, "MY_SECRET_KEY": "s3cr3t-of-the-environment"}
-    command = [BIN / "distmerge", "merge", "--verbose", recipe, tmp_path / "out"]
+    command: list[str | Path] = [BIN / "distmerge", "merge", "--verbose", recipe, tmp_path / "out"]
 
     done = run(command, environment(**secrets))
 
