@@ -11,6 +11,7 @@ from distmerge.document import Plain
 from distmerge.errors import DistmergeError, OutputError
 from distmerge.evaluation import measure_all
 from distmerge.log import LOGGER
+from distmerge.manifest import output_names
 from distmerge.scoring import scores
 from distmerge.selection import Selection
 from distmerge.stream import single_threaded
@@ -62,7 +63,7 @@ def baseline(names: Sequence[str]) -> str:
 
 def outputs_to_choose_from(out: Path) -> list[str]:
     """The outputs of the sweep in `out`. Raises OutputError where it holds none."""
-    names = report.output_names(out)
+    names = output_names(out)
     if len(names) < 2:
         raise OutputError(f"{out}: it holds one output, not a sweep; there is nothing to choose")
     return names

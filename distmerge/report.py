@@ -19,8 +19,9 @@ from distmerge.config import Config, parse_config
 from distmerge.document import load
 from distmerge.errors import DistmergeError, OutputError
 from distmerge.gram import Gram
+from distmerge.manifest import output_names, read
 from distmerge.methods.extrapolate import Trend, cosines, null_shares, plane
-from distmerge.output import MANIFEST, OUTPUTS, replace_link, replace_text
+from distmerge.output import MANIFEST, replace_link, replace_text
 from distmerge.sweep import swept_values
 from distmerge.trend import Setting, find_trends, setting
 
@@ -57,8 +58,7 @@ def make(out: Path) -> Path:
     from distmerge import page, plots  # noqa: PLC0415 - only here, for matplotlib takes a second
 
     found = numbers(out)
-    folder = out / FOLDER
-    folder.mkdir(exist_ok=True)
+    folder = _folder(out)
     replace_text(folder / NUMBERS, json.dumps(found, indent=1) + "\n")
     drawn = plots.draw(found, folder)
     replace_text(folder / PAGE, page.html(found, drawn, folder))
@@ -73,9 +73,17 @@ def clear(out: Path) -> None:
 
 def keep_scores(out: Path, scores: dict[str, Any]) -> None:
     """Write the scores of a choice, and let OUT/best lead to what was chosen."""
-    (out / FOLDER).mkdir(exist_ok=True)
-    replace_text(out / FOLDER / SCORES, json.dumps(scores, indent=2) + "\n")
+    replace_text(_folder(out) / SCORES, json.dumps(scores, indent=2) + "\n")
     replace_link(out / BEST, scores["best"])
+
+
+def _folder(out: Path) -> Path:
+    """OUT/report, made if need be. Raises OutputError where it would lead elsewhere."""
+    folder = out / FOLDER
+    if folder.is_symlink():
+        raise OutputError(f"{folder}: it is a link; a report must lie in the folder itself")
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def numbers(out: Path) -> Numbers:
@@ -92,37 +100,15 @@ def numbers(out: Path) -> Numbers:
     return found
 
 
-def output_names(out: Path) -> list[str]:
-    """The folders of the outputs in `out`; [''] where it is one. Raises OutputError."""
-    names = _manifest(out).get(OUTPUTS, [""])
-    if not isinstance(names, list) or any(Path(str(name)).name != name for name in names if name):
-        raise OutputError(f"{out / MANIFEST}: {OUTPUTS} is not a list of folders")
-    return names
-
-
 def _outputs(out: Path) -> list[_Made]:
     made = []
     for name in output_names(out):
-        manifest = _manifest(out / name)
+        manifest = read(out / name)
         try:
             made.append(_Made(name=name, inputs=manifest["inputs"], recipe=manifest["recipe"]))
         except KeyError as error:
             raise OutputError(f"{out / name / MANIFEST}: {error} is missing") from error
     return made
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    try:
-        found = json.loads(path.read_bytes())
-    except OSError as error:
-        raise OutputError(f"{path}: can't be read: {error.strerror}; is {folder} an output of "
-                          "distmerge?") from error  # fmt: skip
-    except ValueError as error:
-        raise OutputError(f"{path}: not JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise OutputError(f"{path}: not a JSON object")
-    return found
 
 
 def _numbers(outputs: Sequence[_Made], method: str, gram: Gram | None) -> Numbers:

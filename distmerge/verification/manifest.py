@@ -1,20 +1,18 @@
-"""distmerge.json read back: what a merge says of its output. Nothing in it is trusted."""
+"""What a manifest says of an output, checked and typed; and what can be off."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from distmerge.document import Plain
 from distmerge.errors import OutputError
 from distmerge.log import printable
-from distmerge.output import MANIFEST, OUTPUTS
-from distmerge.planner import FORMAT
+from distmerge.manifest import is_inside, read
+from distmerge.output import MANIFEST
 
 SHOWN = 10
 """Findings of one kind that are listed; the rest is counted."""
@@ -96,28 +94,10 @@ def some(findings: Iterator[Finding]) -> list[Finding]:
     return found
 
 
-def output_names(out: Path) -> list[str]:
-    """The folders of the outputs in `out`; [''] where it is one.
-
-    Raises OutputError where `out` is not what a merge left.
-    """
-    content = _read(out)
-    names = content.get(OUTPUTS, [""])
-    if OUTPUTS in content and not _are_folders(names):
-        raise OutputError(f"{out / MANIFEST}: {OUTPUTS} is not a list of folders")
-    return list(names)
-
-
-def _are_folders(names: object) -> bool:
-    return isinstance(names, list) and all(
-        isinstance(name, str) and name and _is_inside(name) and "/" not in name for name in names
-    )
-
-
 def read_manifest(out: Path, name: str) -> Manifest:
     """The manifest of the output `name`. Raises OutputError where it is not a whole one."""
     folder = out / name
-    content = _read(folder)
+    content = read(folder)
     try:
         usual, special = _coefficients(content["coefficients"])
         return Manifest(
@@ -136,26 +116,6 @@ def read_manifest(out: Path, name: str) -> Manifest:
         raise OutputError(
             f"{folder / MANIFEST}: not a whole manifest ({type(error).__name__}: {error})"
         ) from error
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise OutputError(
-            f"{path}: can't be read: {error.strerror}; is {folder} an output of distmerge?"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise OutputError(f"{path}: not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise OutputError(f"{path}: not a JSON object")
-    if content.get("format") != FORMAT:
-        raise OutputError(
-            f"{path}: its format is {content.get('format')!r} and this distmerge knows {FORMAT}; "
-            "verify it with the version that made it"
-        )
-    return content
 
 
 def _text(value: object) -> str:
@@ -182,24 +142,9 @@ def _given(entry: Mapping[str, object]) -> Given:
 
 def _files(listed: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, File]]:
     for name, entry in listed.items():
-        if not _is_inside(name):
+        if not is_inside(name):
             raise ValueError(f"{name!r} is not the path of a file in this folder")
         yield name, File(_digest(entry["sha256"]), int(entry["bytes"]))
-
-
-def _is_inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    try:
-        os.fsencode(name)
-    except UnicodeEncodeError:
-        return False
-    return (
-        str(path) == name
-        and name != "."
-        and not path.is_absolute()
-        and ".." not in path.parts
-        and "\0" not in name
-    )
 
 
 def _coefficients(groups: Sequence[Mapping[str, Any]]) -> tuple[Terms, dict[str, Terms]]:

@@ -14,11 +14,12 @@ from typing import NamedTuple
 from distmerge.dist import World, join
 from distmerge.document import Plain
 from distmerge.errors import OutputError
+from distmerge.manifest import output_names
 from distmerge.output import MANIFEST
 from distmerge.planner import Plan
 from distmerge.reference import as_path
 from distmerge.stream import single_threaded
-from distmerge.verification.manifest import Finding, Manifest, output_names, read_manifest
+from distmerge.verification.manifest import Finding, Manifest, read_manifest
 from distmerge.verification.provenance import (
     Opened,
     compare_headers,

@@ -25,7 +25,7 @@ import distmerge
 from distmerge import log
 from distmerge.cli import cli
 from distmerge.document import Plain
-from distmerge.errors import ConfigError, SourceError
+from distmerge.errors import ConfigError, OutputError, SourceError
 from distmerge.log import printable
 from distmerge.pipeline import Options
 from distmerge.sources import fault
@@ -344,6 +344,16 @@ def test_a_pipe_in_the_place_of_a_file_keeps_nobody_waiting(tmp_path: Path, name
     os.mkfifo(tmp_path / "in" / name)
     with pytest.raises(SourceError, match=r"no \*.safetensors in it"):
         open_checkpoint(tmp_path / "in", label="it")
+
+
+def test_a_stranger_s_output_makes_us_write_nowhere_else(tmp_path: Path) -> None:
+    donor = write_checkpoint(tmp_path / "donor", {"x": torch.ones(2)})
+    distmerge.merge(linear({donor: 1}), tmp_path / "out")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out/report").symlink_to("../elsewhere")
+    with pytest.raises(OutputError, match="report: it is a link"):
+        distmerge.report(tmp_path / "out")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 # Code

@@ -22,7 +22,7 @@ LAYERS = (
     ("passes", "report", "inspection", "evaluation"),
     ("assembly", "engine", "statistic", "page"),
     ("gram", "stream"),
-    ("attempt",),
+    ("attempt", "manifest"),
     ("output", "trend", "command", "plots", "writer"),
     ("journal",),
     ("planner", "dist", "methods"),
