@@ -17,8 +17,8 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,14 +113,12 @@ def begin(
     except OSError as error:
         raise OutputError(f"{out.parent}: can't be written: {error.strerror}") from error
     try:
-        others = _lock_others(out, attempt)
-        attempt = _find(out, wanted)  # another run may have come to its end meanwhile
-        _restore_replaced(out)
-        if not attempt.renamed:
-            check_target(out, plan.inputs, overwrite=overwrite)
-        _remove_others(out, attempt, wanted)
-        for other in others:
-            other.release()
+        with _others_locked(out, attempt):
+            attempt = _find(out, wanted)  # another run may have come to its end meanwhile
+            _restore_replaced(out)
+            if not attempt.renamed:
+                check_target(out, plan.inputs, overwrite=overwrite)
+            _remove_others(out, attempt, wanted)
         if restart or not attempt.folder.is_dir():
             _forget(attempt, keep_end=attempt.renamed)
         if not (attempt.state / _IDENTITY).is_file():  # a full disk can be gone on with
@@ -163,9 +161,14 @@ def _restore_replaced(out: Path) -> None:
             old.rename(out)
 
 
-def _lock_others(out: Path, attempt: Attempt) -> list[Lock]:
+@contextmanager
+def _others_locked(out: Path, attempt: Attempt) -> Iterator[None]:
     """Hold what other recipes' attempts hold while they run. Raises OutputError where one does."""
-    return [Lock(state / _LOCK, out) for state in _beside(out, _STATE) if state != attempt.state]
+    with ExitStack() as stack:
+        for state in _beside(out, _STATE):
+            if state != attempt.state:
+                stack.callback(Lock(state / _LOCK, out).release)
+        yield
 
 
 def _remove_others(out: Path, attempt: Attempt, wanted: Identity) -> None:

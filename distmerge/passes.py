@@ -159,7 +159,7 @@ def _agreed_elements(world: World, plan: Plan, memory: str | None) -> int:
 
 @contextmanager
 def _streaming(world: World, plan: Plan, means: Means, label: str, moved: int) -> Iterator[Inputs]:
-    """The inputs, with progress over `moved` bytes of all ranks."""
+    """The inputs, with progress over `moved` bytes of all ranks; they must stay as they are."""
     with ExitStack() as stack:
         stack.enter_context(single_threaded())
         inputs = stack.enter_context(closing(Inputs(plan.inputs, means.read)))
@@ -167,6 +167,7 @@ def _streaming(world: World, plan: Plan, means: Means, label: str, moved: int) -
         progress = stack.enter_context(Progress(label, moved, shown=shown))
         stack.enter_context(world.monitor.showing(progress))
         yield inputs
+        inputs.check_unchanged()
 
 
 def _run_jobs(

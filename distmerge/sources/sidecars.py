@@ -24,6 +24,9 @@ MAX_SIDECAR = 500_000_000
 MAX_CONFIG = 10_000_000
 """Bytes of a config.json, which is parsed: that takes many times its size."""
 
+MAX_DEPTH = 8
+"""Of subfolders; what lies deeper is left out."""
+
 _LEFT_OUT = (
     "*.index.json", "trainer_state.json", "distmerge.json", "adapter_config.json", "report/*",
 )  # fmt: skip
@@ -40,6 +43,8 @@ def sidecars(folder: Path) -> list[Path]:
     for here, subfolders, names in os.walk(folder):
         at = Path(here)
         subfolders[:] = sorted(d for d in subfolders if _may_hold_sidecars(d))
+        if len(at.parts) - len(folder.parts) >= MAX_DEPTH:
+            subfolders.clear()
         paths = [at / name for name in names]
         if at != folder and any(_matches(path, _WEIGHTS) for path in paths):
             subfolders.clear()

@@ -151,7 +151,7 @@ CASES: dict[str, Case] = {
                 "0 to 3; pass --allow-nonfinite", second_holds(NAN)),
     "Inf": Case(NonFiniteError, "second/model.safetensors: tensor x holds 1", second_holds(INF)),
     "NaN twice": Case(NonFiniteError, "first/model.safetensors: tensor", both_hold(NAN, INF)),
-    "overflow": Case(NonFiniteError, "x: 2 values overflow float16; set out_dtype",
+    "overflow": Case(NonFiniteError, "x: 2 values overflow float16; set a wider out_dtype",
                      both_hold(LARGE, LARGE, out_dtype="float16")),
     "zero sum": Case(ConfigError, "tensor x: the weights sum to zero",
                      lambda first, second: linear({first: 1, second: -1})),

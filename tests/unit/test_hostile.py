@@ -32,7 +32,7 @@ from distmerge.sources import fault
 from distmerge.sources.checkpoint import INDEX, open_checkpoint
 from distmerge.sources.header import read_header
 from distmerge.sources.reader import Inputs, open_reader
-from distmerge.sources.sidecars import MAX_CONFIG, MAX_SIDECAR
+from distmerge.sources.sidecars import MAX_CONFIG, MAX_SIDECAR, sidecars
 from distmerge.sweep import load_recipe
 from tests.support.checkpoints import raw_file, read_output, write_checkpoint, write_index
 from tests.support.processes import BIN, environment, run
@@ -326,6 +326,17 @@ def test_linked_folders_are_not_entered(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "distmerge.json", "model.safetensors",
     ]  # fmt: skip
+
+
+def test_endless_subfolders_are_not_followed_to_their_end(tmp_path: Path) -> None:
+    donor = write_checkpoint(tmp_path / "donor", {"x": torch.ones(2)})
+    at = donor
+    for _ in range(1200):
+        at /= "d"
+    subprocess.run(["mkdir", "-p", str(at)], check=True)
+    (donor / "d/d/x.json").write_text("{}")
+    assert sidecars(donor) == [Path("d/d/x.json")]
+    subprocess.run(["rm", "-r", str(donor / "d")], check=True)  # Python's own way fails at that
 
 
 def test_a_folder_with_a_file_s_name_is_left_out(tmp_path: Path) -> None:
