@@ -84,10 +84,10 @@ def run_command(
         while not _ended(process):
             check()
             time.sleep(POLL)
-    readers.close()
     for end in ends:
         with suppress(TimeoutError):  # a daemon that it started may keep the pipe open for ever
             end.result(timeout=GRACE)
+    readers.close()  # not earlier: a reader that has not begun would never read
     if process.returncode:
         said = _last_lines(err) or _last_lines(out)
         raise RunError(f"select: {line} failed: {_reason(process.returncode)}{said}")

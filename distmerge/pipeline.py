@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -123,33 +123,15 @@ def merge(
         world.agree("plan", "plan", plan.digest)
         means = _means(world, options, use_cuda=use_cuda)
         with _attempt(world, target, plan, options) as attempt:
-            statistic, done = NOTHING, NOTHING
+            passes = (NOTHING, NOTHING)
             if not attempt.renamed:
-                statistic, done = _make(world, recipe, sources, plan, (means, target, attempt))
-            found = None
-            if recipe.selection is not None:
-                names = [made.name for made in plan.outputs]
-                use_gpu = options.device != "cpu"
-                found = choose(world, recipe.selection, target, names, use_gpu=use_gpu)
+                passes = _make(world, recipe, sources, plan, (means, target, attempt))
+            found = _choose(world, recipe, plan, target, use_gpu=options.device != "cpu")
             page = world.on_first("report", lambda: _report(recipe, target))
         peaks = world.gather("end", peak_memory)
-    return MergeResult(
-        out=target,
-        digest=plan.digest,
-        ranks=len(peaks),
-        tensors=len(plan.tensors),
-        shards=len(plan.shards),
-        outputs=tuple(made.name for made in plan.outputs),
-        read_bytes=statistic.read_bytes + done.read_bytes,
-        written_bytes=done.written_bytes,
-        nonfinite=done.nonfinite,
-        seconds=time.monotonic() - started,
-        pass_seconds=done.seconds,
-        statistic_seconds=statistic.seconds,
-        peak_memory=max(peaks),
-        scores=found,
-        report=page,
-    )
+    seconds = time.monotonic() - started
+    result = _result(target, plan, passes, peaks, seconds)
+    return replace(result, scores=found, report=page)
 
 
 def _make(
@@ -276,6 +258,36 @@ def _attempt(world: World, target: Path, plan: Plan, options: Options) -> Iterat
     finally:
         for _, lock in held:
             lock.release()
+
+
+def _choose(
+    world: World, recipe: Recipe, plan: Plan, target: Path, *, use_gpu: bool
+) -> dict[str, Any] | None:
+    if recipe.selection is None:
+        return None
+    names = [output.name for output in plan.outputs]
+    return choose(world, recipe.selection, target, names, use_gpu=use_gpu)
+
+
+def _result(
+    out: Path, plan: Plan, passes: tuple[Done, Done], peaks: Sequence[int], seconds: float
+) -> MergeResult:
+    statistic, done = passes
+    return MergeResult(
+        out=out,
+        digest=plan.digest,
+        ranks=len(peaks),
+        tensors=len(plan.tensors),
+        shards=len(plan.shards),
+        outputs=tuple(output.name for output in plan.outputs),
+        read_bytes=statistic.read_bytes + done.read_bytes,
+        written_bytes=done.written_bytes,
+        nonfinite=done.nonfinite,
+        seconds=seconds,
+        pass_seconds=done.seconds,
+        statistic_seconds=statistic.seconds,
+        peak_memory=max(peaks),
+    )
 
 
 def _carried_out(recipe: Recipe, sources: Sources) -> list[Plain]:

@@ -124,7 +124,7 @@ def undisturbed(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 class Case(NamedTuple):
-    """`ranks` go until call `call` of rank `victim`, then `then` ranks go on in steps of `blocks`."""
+    """`ranks` go until call `call` of rank `victim`; `then` ranks go on in steps of `blocks`."""
 
     ranks: int
     victim: int

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import distmerge
 from distmerge import planner
+from distmerge.document import Plain
 from distmerge.journal import (
     Journal,
     Record,
@@ -149,7 +150,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
         tensors = {"a": torch.ones(33), "b": torch.ones(20).half(), "c": torch.ones(()),
                    "none": torch.ones(0), "d": torch.ones(5, 5).half()}  # fmt: skip
         write_checkpoint(folder / f"step-{step}", tensors)
-    recipe = {**average(folder / "step-*"), "sweep": {"trajectory.last": [1, 2]}}
+    recipe: dict[str, Plain] = {**average(folder / "step-*"), "sweep": {"trajectory.last": [1, 2]}}
     with mock.patch.object(planner, "JOB_ELEMENTS", 7):
         return distmerge.plan(recipe, shard_size="150")
 
