@@ -46,6 +46,8 @@ format: setup
 bench: setup
 	benchmarks/mergekit_env.sh
 	$(BIN)/python benchmarks/bench_average.py
+	$(BIN)/python -m benchmarks.bench_extra_merge
+	$(BIN)/python -m benchmarks.bench_journal
 
 bench-plan: setup
 	$(BIN)/python benchmarks/bench_plan.py

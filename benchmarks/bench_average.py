@@ -222,17 +222,24 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
 def about(options: argparse.Namespace) -> dict[str, str]:
     """The machine, the versions and the command: what it takes to judge or repeat the numbers."""
     return {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": shlex.join(["python", "benchmarks/bench_average.py", *sys.argv[1:]]),
+        **machine(shlex.join(["python", "benchmarks/bench_average.py", *sys.argv[1:]])),
         "models": f"3 of {options.size} in bfloat16; larger: 3 of {options.large_size}",
+        "memory": output_of("sed", "-n", "s/^MemTotal: *//p", "/proc/meminfo"),
+        "filesystem": output_of("df", "--output=fstype", str(options.workdir)).split()[-1],
+        "mergekit, torch": output_of(f"{MERGEKIT}/python", "-c", VERSIONS, "mergekit", "torch"),
+    }
+
+
+def machine(command: str) -> dict[str, str]:
+    """What every benchmark says of where, when and how it ran."""
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": command,
         "cpu": output_of("sed", "-n", "s/^model name.*: //p;T;q", "/proc/cpuinfo"),
         "cores": str(os.cpu_count()),
-        "memory": output_of("sed", "-n", "s/^MemTotal: *//p", "/proc/meminfo"),
         "kernel": platform.release(),
-        "filesystem": output_of("df", "--output=fstype", str(options.workdir)).split()[-1],
         "python": platform.python_version(),
         "distmerge, torch": output_of(".venv/bin/python", "-c", VERSIONS, "distmerge", "torch"),
-        "mergekit, torch": output_of(f"{MERGEKIT}/python", "-c", VERSIONS, "mergekit", "torch"),
     }
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -19,7 +18,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -27,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from benchmarks.bench_average import VERSIONS, execute, output_of, set_cached
+from benchmarks.bench_average import execute, machine, set_cached
 from benchmarks.floor import read_all, shards, write_one
 
 STEPS = [0, 0.25, 0.5, 1, 2]
@@ -149,16 +147,11 @@ def collect(work: Work, rounds: int) -> list[Run]:
 
 
 def about(work: Work) -> dict[str, str]:
+    command = shlex.join(["python", "-m", "benchmarks.bench_extra_merge", *sys.argv[1:]])
+    checkpoints = f"{len(work.inputs)} of {work.elements / 1e9:.2f}B parameters in bfloat16"
     return {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": shlex.join(["python", "-m", "benchmarks.bench_extra_merge", *sys.argv[1:]]),
-        "checkpoints": f"{len(work.inputs)} of {work.elements / 1e9:.2f}B parameters in bfloat16, "
-        f"window {WINDOW}, steps {STEPS}",
-        "cpu": output_of("sed", "-n", "s/^model name.*: //p;T;q", "/proc/cpuinfo"),
-        "cores": str(os.cpu_count()),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "distmerge, torch": output_of(".venv/bin/python", "-c", VERSIONS, "distmerge", "torch"),
+        **machine(command),
+        "checkpoints": f"{checkpoints}, window {WINDOW}, steps {STEPS}",
     }
 
 

@@ -9,13 +9,12 @@ import shlex
 import shutil
 import subprocess
 import sys
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 from unittest import mock
 
 import distmerge
-from benchmarks.bench_average import VERSIONS, output_of, set_cached
+from benchmarks.bench_average import machine, set_cached
 from benchmarks.floor import shards
 from distmerge import passes
 from distmerge.document import Plain
@@ -75,14 +74,9 @@ def main() -> None:
     make = [".venv/bin/python", "benchmarks/synthetic.py", str(folder), "--size", options.size]
     subprocess.run(make, check=True)
     runs = collect(folder, options.rounds)
-    facts = {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": shlex.join(["python", "-m", "benchmarks.bench_journal", *sys.argv[1:]]),
-        "models": f"3 of {options.size} in bfloat16, in the page cache; one rank",
-        "cpu": output_of("sed", "-n", "s/^model name.*: //p;T;q", "/proc/cpuinfo"),
-        "cores": str(os.cpu_count()),
-        "distmerge, torch": output_of(".venv/bin/python", "-c", VERSIONS, "distmerge", "torch"),
-    }
+    command = shlex.join(["python", "-m", "benchmarks.bench_journal", *sys.argv[1:]])
+    models = f"3 of {options.size} in bfloat16, in the page cache; one rank"
+    facts = {**machine(command), "models": models}
     name = options.results / "journal"
     name.with_suffix(".json").write_text(
         json.dumps({"about": facts, "runs": runs}, indent=1) + "\n"
