@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -85,7 +86,7 @@ def run_command(
             check()
             time.sleep(POLL)
     for end in ends:
-        with suppress(TimeoutError):  # a daemon that it started may keep the pipe open for ever
+        with suppress(futures.TimeoutError):  # a daemon that it started may keep the pipe open for ever
             end.result(timeout=GRACE)
     readers.close()  # not earlier: a reader that has not begun would never read
     if process.returncode:

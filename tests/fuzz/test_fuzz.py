@@ -133,7 +133,7 @@ def test_claimed_sizes_allocate_nothing(tmp_path: Path) -> None:
 )
 def test_a_million_inputs(tmp_path: Path, target: str, runs: int) -> None:
     if importlib.util.find_spec("atheris") is None:
-        pytest.skip("atheris is not installed (it has no wheels for some systems and Pythons)")
+        pytest.skip("pip install atheris (it has no wheels for some systems and Pythons)")
     done = subprocess.run(
         [sys.executable, "-m", "tests.fuzz.run", target, str(runs)],
         cwd=REPOSITORY,

@@ -14,6 +14,7 @@ import torch
 
 import distmerge
 from distmerge.document import Plain
+from distmerge.methods.extrapolate import add_gram
 from distmerge.pipeline import Options
 from tests.support.checkpoints import write_checkpoint
 from tests.support.kernels import weighted_sum
@@ -111,3 +112,26 @@ def test_nan_in_an_input_stops_a_merge_on_the_gpu(tmp_path: Path) -> None:
     with pytest.raises(distmerge.NonFiniteError, match=r"tensor b\.bias holds 7 NaN"):
         distmerge.merge(average(folders), tmp_path / "out", options=Options(device="cuda"))
     assert not (tmp_path / "out").exists()
+
+
+@every_kind
+def test_products_of_checkpoints_on_the_gpu_are_those_of_the_cpu(kinds: list[torch.dtype]) -> None:
+    points = random_tensors(kinds, LENGTH)
+    expected, found = (torch.zeros(3, 3, dtype=F64, device=where) for where in ("cpu", "cuda"))
+    add_gram(points, expected, elements=16_384)
+    add_gram([x.cuda() for x in points], found, elements=98_304)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-12, atol=0)
+
+
+def test_a_sweep_of_steps_on_the_gpu_is_that_of_the_cpu(tmp_path: Path) -> None:
+    folders = write_steps(tmp_path, [F32] * 5)
+    recipe: dict[str, Plain] = {
+        "merge_method": "extra_merge",
+        "trajectory": {"checkpoints": [str(folder) for folder in folders], "window": 2},
+        "parameters": {"step": [0, 1]},
+    }
+    distmerge.merge(recipe, tmp_path / "there", options=Options(device="cuda"))
+    distmerge.merge(recipe, tmp_path / "here", options=Options(device="cpu"))
+    for name in ("step=0", "step=1"):
+        there, here = load(tmp_path / "there" / name), load(tmp_path / "here" / name)
+        torch.testing.assert_close(there, here, rtol=1e-5, atol=1e-6)
