@@ -97,6 +97,10 @@ def cli(local_rank: int | None) -> None:
 @click.option(
     "--allow-nonfinite", is_flag=True, help="Go on (and count) where inputs hold NaN or Inf."
 )
+@click.option(
+    "--timeout", type=click.FloatRange(min=1), default=600, show_default=True, metavar="SECONDS",
+    help="A rank that reads and writes nothing for so long has failed: its disk may hang.",
+)  # fmt: skip
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but warnings and errors.")
 @click.option("--verbose", "-v", is_flag=True, help="Print what every rank does.")
 def merge(

@@ -86,7 +86,7 @@ def run_command(
             check()
             time.sleep(POLL)
     for end in ends:
-        with suppress(futures.TimeoutError):  # a daemon that it started may keep the pipe open for ever
+        with suppress(futures.TimeoutError):  # a daemon may keep the pipe open for ever
             end.result(timeout=GRACE)
     readers.close()  # not earlier: a reader that has not begun would never read
     if process.returncode:

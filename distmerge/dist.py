@@ -111,7 +111,7 @@ class World:
 
     def send(self, data: torch.Tensor, rank: int) -> None:
         """Send bytes (uint8, contiguous) to `rank`; blocks until it takes them."""
-        with self._connected(rank):
+        with self._connected(rank), self.monitor.sending():
             torch_dist.send(data, rank, group=self.group)
 
     def receive(self, data: torch.Tensor, rank: int) -> None:

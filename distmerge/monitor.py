@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch.distributed import Store  # type: ignore[attr-defined]
@@ -42,6 +45,16 @@ class Cause(NamedTuple):
     exit_code: int
 
 
+@dataclass(slots=True)
+class _Watch:
+    """What a rank does that must go on, and when it last did: `done` bytes at `since`."""
+
+    phase: str
+    timeout: float
+    since: float
+    done: int = 0
+
+
 class Monitor(threading.Thread):
     """Pulse, failure and progress of one rank; `cause` is set once any rank has failed."""
 
@@ -51,24 +64,40 @@ class Monitor(threading.Thread):
         self._store, self._rank, self._size = store, rank, size
         self._done = 0
         self._progress: Progress | None = None
+        self._sending = 0
+        self._watch: _Watch | None = None
         self._stopped = threading.Event()
         now = time.monotonic()
         watched = range(size) if rank == 0 else range(1)
         self._pulses = {peer: (b"", now) for peer in watched if peer != rank}
         self._store_lost: float | None = None
+        self._hangs = False
 
     def advance(self, num_bytes: int) -> None:
         self._done += num_bytes
 
     @contextmanager
-    def showing(self, progress: Progress) -> Iterator[None]:
-        """Count from zero, and show all ranks' bytes in `progress` meanwhile."""
+    def showing(
+        self, progress: Progress, *, phase: str = "", timeout: float = math.inf
+    ) -> Iterator[None]:
+        """Count from zero, and show all ranks' bytes in `progress` meanwhile. This rank has failed
+        if it handles none for `timeout` seconds."""
         self._done = 0
         self._progress = progress
+        self._watch = _Watch(phase, timeout, time.monotonic())
         try:
             yield
         finally:
-            self._progress = None
+            self._progress = self._watch = None
+
+    @contextmanager
+    def sending(self) -> Iterator[None]:
+        """Another rank takes its time: this one can't be blamed."""
+        self._sending += 1
+        try:
+            yield
+        finally:
+            self._sending -= 1
 
     def fail(self, cause: Cause) -> None:
         """Tell all ranks of a failure. What the first rank tells is the cause for all."""
@@ -112,6 +141,7 @@ class Monitor(threading.Thread):
                 self._store_lost = None
             except RuntimeError:
                 self._lose_store()
+            self._look_for_stall()
             if self.cause:
                 self._end_if_stuck()
 
@@ -139,11 +169,31 @@ class Monitor(threading.Thread):
         if not self.cause and time.monotonic() - self._store_lost > 2 * INTERVAL:
             self.cause = Cause(0, "lost the connection to rank 0; was it killed?", 1)
 
+    def _look_for_stall(self) -> None:
+        """A main thread that hangs in a system call can't tell anybody: this one can."""
+        watch = self._watch
+        if watch is None or self.cause:
+            return
+        now = time.monotonic()
+        if watch.done != self._done or self._sending:
+            watch.done, watch.since = self._done, now
+        elif now - watch.since > watch.timeout:
+            where = "" if self._size == 1 else f"rank {self._rank} on {socket.gethostname()}, "
+            self._hangs = True
+            self.fail(
+                Cause(
+                    self._rank,
+                    f"{where}{watch.phase}: nothing was read or written for {watch.timeout:g} s; "
+                    "does a disk or a network file system hang? (--timeout)",
+                    1,
+                )
+            )
+
     def _end_if_stuck(self) -> None:
         """The main thread should stop at its next check; where it can't, end the process."""
         if self._stopped.wait(GRACE) or self.cause is None:
             return
-        if self.cause.rank != self._rank:
+        if self.cause.rank != self._rank or self._hangs:
             sys.stderr.write(f"error: rank {self._rank} stopped: {self.cause.message}\n")
         logging.shutdown()
         sys.stderr.flush()

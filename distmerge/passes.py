@@ -44,6 +44,7 @@ class Means:
     read: ReadMode
     assemble: AssembleMode
     allow_nonfinite: bool
+    timeout: float
     shown: bool
 
 
@@ -165,7 +166,7 @@ def _streaming(world: World, plan: Plan, means: Means, label: str, moved: int) -
         inputs = stack.enter_context(closing(Inputs(plan.inputs, means.read)))
         shown = means.shown and world.rank == 0
         progress = stack.enter_context(Progress(label, moved, shown=shown))
-        stack.enter_context(world.monitor.showing(progress))
+        stack.enter_context(world.monitor.showing(progress, phase=label, timeout=means.timeout))
         yield inputs
         inputs.check_unchanged()
 

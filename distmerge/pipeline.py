@@ -46,6 +46,7 @@ class Options:
     '5GB', '500MB' or '64MiB'. `device`: auto takes the CPU, for a weighted sum waits for the disk
     (but a GPU to choose by loss, if there is one).
     `assemble`, `read`: see docs/design.md. `restart` throws away what an earlier attempt has done.
+    `timeout` is how long a rank may go on without reading or writing anything, in seconds.
     `progress` shows a bar or lines on standard error.
     """
 
@@ -57,6 +58,7 @@ class Options:
     overwrite: bool = False
     restart: bool = False
     allow_nonfinite: bool = False
+    timeout: float = 600.0
     progress: bool = False
 
 
@@ -212,6 +214,7 @@ def _means(world: World, options: Options, *, use_cuda: bool) -> Means:
         read=options.read,
         assemble=options.assemble,
         allow_nonfinite=options.allow_nonfinite,
+        timeout=options.timeout,
         shown=options.progress,
     )
 

@@ -262,3 +262,24 @@ def test_a_connection_that_breaks_by_itself_ends_all(tmp_path: Path) -> None:
     outcomes = observe(gather_with_lost_bytes, 3, recipe, tmp_path)
     assert [type(outcome.error) for outcome in outcomes] == [PeerError, RunError, PeerError]
     assert all("lost the connection to rank" in str(outcome.error) for outcome in outcomes)
+
+
+def merge_with_hanging_read(recipe: Recipe, out: Path, victim: int) -> None:
+    """As on a network file system whose server is gone: the call never returns."""
+    cases.cut()
+    mock.patch.object(monitor, "INTERVAL", 0.1).start()
+    if int(os.environ.get("RANK", "0")) == victim:  # one process alone has no RANK
+        hanging = mock.patch.object(reader._Read, "read", side_effect=lambda *_: time.sleep(60))
+        hanging.start()
+    distmerge.merge(recipe, out, options=Options(read="pread", timeout=1.5))
+
+
+@pytest.mark.parametrize(("ranks", "victim"), [(1, 0), (3, 1)])
+def test_a_rank_that_hangs_is_named_with_what_it_did(
+    tmp_path: Path, ranks: int, victim: int
+) -> None:
+    recipe = cases.write_steps(tmp_path / "in", cases.small, count=2)
+    for outcome in observe(merge_with_hanging_read, ranks, recipe, tmp_path, victim):
+        told = str(outcome.error)
+        assert "merge: nothing was read or written for 1.5 s" in told
+        assert ("rank 1 on " in told) == (ranks > 1)

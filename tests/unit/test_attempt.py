@@ -1,13 +1,15 @@
-"""One output in several attempts: which earlier one is gone on with, and what remains beside OUT."""
+"""One output in several attempts: which of them is gone on with, and what remains beside OUT."""
 
 from __future__ import annotations
 
-import json
-import multiprocessing
+import itertools
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -16,8 +18,7 @@ import torch
 
 import distmerge
 from distmerge import attempt as attempts
-from distmerge import output
-from distmerge import report as reports
+from distmerge import output, pipeline
 from distmerge.attempt import Attempt, Lock, begin, identity
 from distmerge.document import Plain
 from distmerge.errors import OutputError, RunError
@@ -25,6 +26,7 @@ from distmerge.pipeline import MergeResult, Options
 from distmerge.planner import Plan
 from tests.support.checkpoints import write_checkpoint
 from tests.support.drawing import without_drawing
+from tests.support.ranks import observe_ranks
 from tests.unit.recipes import average
 from tests.unit.refusals import tree
 
@@ -54,6 +56,9 @@ def out(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     (tmp_path / "work").mkdir()
     name: str = request.param
     return tmp_path / "work" / name
+
+
+DEFAULTS, REPLACE = Options(), Options(overwrite=True)
 
 
 def names(out: Path) -> set[str]:
@@ -169,39 +174,51 @@ def test_journals_without_data_are_nothing(out: Path, plan: Plan, wanted: dict[s
     assert not list(attempt.state.glob("written-*"))
 
 
-def hold(path: Path, out: Path, ready: Callable[[], None]) -> None:
-    Lock(path, out)
-    ready()
-    signal.pause()
+HOLD = """
+import fcntl, os, sys, time
+
+file = os.open(sys.argv[1], os.O_RDWR)
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def untold(folder: Path) -> dict[str, bytes | None]:
+    """All but the locks, which say who held them last."""
+    return {name: held for name, held in tree(folder).items() if not name.endswith("/lock")}
 
 
 @pytest.mark.parametrize("other", [False, True])
-def test_a_run_that_another_process_writes_is_refused(
+def test_a_run_that_is_under_way_is_not_disturbed(
     tmp_path: Path, plan: Plan, wanted: dict[str, str], other: bool
 ) -> None:
-    """Of the same recipe and of another; a kill lets the lock go."""
+    """One of the same recipe, or of another."""
     out = tmp_path / "work/out"
     out.parent.mkdir()
-    first = killed(out, plan, {**wanted, "plan": "another"} if other else wanted)
-    before = tree(out.parent)
-    context = multiprocessing.get_context("spawn")
-    ready = context.Event()
-    holder = context.Process(target=hold, args=(first.state / "lock", out, ready.set))
-    holder.start()
-    try:
-        assert ready.wait(30)
-        with pytest.raises(OutputError, match="another run is writing it") as raised:
-            start(out, plan, wanted)
-    finally:
-        holder.kill()
-        holder.join()
+    theirs = {**wanted, "plan": "another"} if other else wanted
+    killed(out, plan, theirs)
+    _, lock = begin(out, plan, theirs, overwrite=False, restart=False)
+    before = untold(out.parent)
+    with pytest.raises(OutputError, match="another run is writing it") as raised:
+        start(out, plan, wanted)
     assert raised.value.exit_code == 2
-    assert f"(process {holder.pid} on {os.uname().nodename}); wait for it" in str(raised.value)
-    after = tree(out.parent)
-    assert {n: c for n, c in after.items() if "lock" not in n} == {
-        n: c for n, c in before.items() if "lock" not in n
-    }
+    assert f"(process {os.getpid()} on {os.uname().nodename}); wait for it" in str(raised.value)
+    assert untold(out.parent) == before
+    lock.release()
     assert start(out, plan, wanted).resumed != other
+
+
+def test_a_kill_lets_the_lock_go(tmp_path: Path, plan: Plan, wanted: dict[str, str]) -> None:
+    first = killed(tmp_path / "out", plan, wanted)
+    command = [sys.executable, "-c", HOLD, str(first.state / "lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(OutputError, match="another run is writing it"):
+            start(tmp_path / "out", plan, wanted)
+        holder.kill()
+    assert start(tmp_path / "out", plan, wanted).resumed
 
 
 def test_a_lock_that_went_with_its_run_is_none(tmp_path: Path) -> None:
@@ -221,17 +238,16 @@ def test_a_lock_that_went_with_its_run_is_none(tmp_path: Path) -> None:
         Lock(tmp_path / "lock", tmp_path / "out")
 
 
-def finish_and_fail(recipe: Recipe, out: Path, *, overwrite: bool = False) -> None:
-    """A run that is killed, as far as OUT can tell, between the rename and the report."""
+def finish_and_fail(recipe: Recipe, out: Path) -> None:
+    """A run that ends, for all that OUT can tell, between the rename and the report."""
     with (
-        mock.patch.object(reports, "make", side_effect=OSError(5, "killed")),
-        mock.patch.object(distmerge.pipeline, "_report", lambda recipe, out: reports.make(out)),
-        pytest.raises(RunError, match="killed"),
+        mock.patch.object(pipeline, "_report", side_effect=OSError(5, "no report")),
+        pytest.raises(RunError, match="no report"),
     ):
-        distmerge.merge(recipe, out, options=Options(overwrite=overwrite))
+        distmerge.merge(recipe, out)
 
 
-def finish(recipe: Recipe, out: Path, options: Options = Options()) -> MergeResult:
+def finish(recipe: Recipe, out: Path, options: Options = DEFAULTS) -> MergeResult:
     """Go on to the end: OUT alone remains, beside the cache."""
     with without_drawing():
         result = distmerge.merge(recipe, out, options=options)
@@ -263,23 +279,123 @@ def test_an_end_of_which_out_knows_nothing_is_none(recipe: Recipe, out: Path) ->
     assert finish(recipe, out).read_bytes > 0
 
 
-def kill_at_rename(recipe: Recipe, out: Path, call: int) -> None:
-    """Die at call number `call` of Path.rename, before it does anything."""
-    real, calls = Path.rename, iter(range(1, 100))
+def merge_over(recipe: Recipe, out: Path, place: str, call: int, options: Options) -> None:
+    """Replace OUT; before call number `call` of `place`, die."""
+    holder, name = {"rename": (Path, "rename"), "rmtree": (shutil, "rmtree")}[place]
+    real: Callable[..., object] = getattr(holder, name)
+    calls = itertools.count(1)
 
-    def rename(self: Path, target: Path) -> Path:
+    def failing(*args: object, **kwargs: object) -> object:
         if next(calls) == call:
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(self, target)
+        return real(*args, **kwargs)
 
-    with mock.patch.object(Path, "rename", rename):
-        distmerge.merge(recipe, out, options=Options(overwrite=True))
+    mock.patch.object(holder, name, failing).start()
+    distmerge.merge(recipe, out, options=options)
 
 
-def died(recipe: Recipe, out: Path, call: int) -> None:
-    process = multiprocessing.get_context("fork").Process(
-        target=kill_at_rename, args=(recipe, out, call)
-    )
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
+def dies(recipe: Recipe, out: Path, place: str, call: int, options: Options) -> None:
+    (outcome,) = observe_ranks(merge_over, 1, recipe, out, place, call, options)
+    assert outcome.exit_code == -signal.SIGKILL, outcome.describe()
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Recipe:
+    return average(tmp_path / "in/step-*", last=2)
+
+
+def test_what_out_held_comes_back_if_a_kill_met_its_replacement(
+    recipe: Recipe, other: Recipe, out: Path
+) -> None:
+    """Between the two renames of --overwrite: the same command goes on, any other finds it."""
+    distmerge.merge(recipe, out)
+    held = tree(out)
+    dies(other, out, "rename", 2, REPLACE)
+    assert not out.exists()
+    with pytest.raises(OutputError, match="it exists and is not empty; --overwrite"):
+        distmerge.merge(recipe, out)
+    assert tree(out) == held
+    result = finish(other, out, REPLACE)
+    assert result.read_bytes == 0
+    assert tree(out) != held
+
+
+def test_a_kill_right_after_the_replacement_leaves_nothing_of_the_old(
+    recipe: Recipe, other: Recipe, out: Path
+) -> None:
+    distmerge.merge(recipe, out)
+    old = tree(out)
+    dies(other, out, "rmtree", 1, REPLACE)
+    assert any(name.endswith("-replaced") for name in names(out))
+    assert finish(other, out, REPLACE).read_bytes == 0
+    assert tree(out) != old
+
+
+def test_a_mark_of_an_end_that_never_came_is_not_believed(
+    recipe: Recipe, out: Path, plan: Plan, wanted: dict[str, str]
+) -> None:
+    """OUT holds what the same recipe made before. A new attempt is killed just before its rename,
+    then a --restart while it throws that away: what OUT holds is not the new attempt's."""
+    distmerge.merge(recipe, out)
+    dies(recipe, out, "rename", 1, REPLACE)
+    (state,) = out.parent.glob("*.state")
+    assert (state / "renaming").is_file()
+    journal = state / "written-0-ff"
+    journal.mkdir()  # can't be unlinked: it stops there, with the data gone
+    with pytest.raises(RunError):
+        distmerge.merge(recipe, out, options=replace(REPLACE, restart=True))
+    assert not state.with_suffix("").exists()
+    journal.rmdir()
+    assert finish(recipe, out, REPLACE).read_bytes > 0
+
+
+def test_a_choice_that_failed_is_made_by_the_same_command(
+    recipe: Recipe, out: Path, tmp_path: Path
+) -> None:
+    """The outputs stay, and no input is read for it."""
+    script = tmp_path / "eval.sh"
+    script.write_text("exit 3")
+    asked = {"command": f"sh {script} {{model}}", "goal": "min"}
+    sweep: Recipe = {**recipe, "sweep": {"trajectory.last": [2, 3]}, "select": asked}  # type: ignore[dict-item]
+    with pytest.raises(RunError, match="exit code 3"):
+        distmerge.merge(sweep, out)
+    made = tree(out)
+    assert not (out / "best").exists()
+    script.write_text("echo 0.5")
+    result = finish(sweep, out)
+    assert (result.read_bytes, result.written_bytes) == (0, 0)
+    assert result.scores is not None
+    assert (out / "best").readlink() == Path(result.scores["best"])
+    assert made.items() <= tree(out).items()
+
+
+@pytest.mark.parametrize("done", [0, 2])
+def test_room_that_is_taken_already_is_not_asked_for_again(
+    tmp_path: Path, plan: Plan, done: int
+) -> None:
+    """By its own shards, as far as they are on the disk: a sparse one is not."""
+    folder = tmp_path / ".out.distmerge-12345678"
+    folder.mkdir()
+    big = replace(plan, shards=tuple(s._replace(size=2**21) for s in plan.shards))
+    assert big.output_bytes == 2**21
+    with (folder / big.files[0].name).open("wb") as file:
+        os.truncate(file.fileno(), 2**21)
+        os.posix_fallocate(file.fileno(), 0, done * 2**20 or 1)
+    free = mock.Mock(free=output._SPARE + (2 - done) * 2**20 + 4096)
+    with mock.patch.object(shutil, "disk_usage", return_value=free):
+        output.create_folders(folder, big)
+    free.free -= 3 * 4096
+    with (
+        mock.patch.object(shutil, "disk_usage", return_value=free),
+        pytest.raises(OutputError, match=r"6\d(\.\d)? MB are needed, 6\d(\.\d)? MB are free"),
+    ):
+        output.create_folders(folder, big)
+
+
+def test_a_full_disk_does_not_keep_an_attempt_from_being_taken_up(
+    out: Path, plan: Plan, wanted: dict[str, str]
+) -> None:
+    """Its identity need not be written again."""
+    killed(out, plan, wanted)
+    with mock.patch.object(attempts, "replace_text", side_effect=OSError(28, "full")):
+        assert start(out, plan, wanted).resumed
