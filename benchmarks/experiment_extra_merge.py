@@ -25,7 +25,17 @@ import torch
 import yaml
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.extra_merge_page import Candidate, Finding, Losses, best, write_page
+from benchmarks.extra_merge_page import (
+    DECAYED_WINDOWS,
+    EMA_FACTORS,
+    UNIFORM_WINDOWS,
+    WINDOWS,
+    Candidate,
+    Finding,
+    Losses,
+    best,
+    write_page,
+)
 from benchmarks.training import (
     Text,
     Trainer,
@@ -44,17 +54,14 @@ RESULTS = Path("benchmarks/results/experiment_extra_merge")
 BATCH = 16
 STEPS, EVERY = range(640, 1601, 32), 32
 LAST = STEPS[-1]
-WINDOWS = [4, 8, 16]
 SPANS = [0, 0.05, 0.1, 0.2, 0.3, 0.5]
-# A decay takes as many steps as one of these windows spans, within the window or after it.
-DECAYED_WINDOWS = [8, 16]
 RANDOM_DIRECTIONS = 3
 HELD_OUT_WINDOWS = 512  # in each half
 
 AVERAGE = {"merge_method": "average", "trajectory": {"checkpoints": "step-*"}}
 RECIPES: dict[str, dict[str, Any]] = {
-    "uniform": {**AVERAGE, "sweep": {"trajectory.last": WINDOWS}},
-    "ema": {**AVERAGE, "sweep": {"trajectory.schedule.ema": [0.1, 0.2]}},
+    "uniform": {**AVERAGE, "sweep": {"trajectory.last": UNIFORM_WINDOWS}},
+    "ema": {**AVERAGE, "sweep": {"trajectory.schedule.ema": EMA_FACTORS}},
     "wsm": {
         "merge_method": "average",
         "trajectory": {"checkpoints": "step-*", "schedule": {"wsm": "minus-sqrt"}},

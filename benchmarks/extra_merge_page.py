@@ -36,10 +36,14 @@ Losses = dict[Candidate, torch.Tensor]
 
 Numbers = dict[str, Any]  # what goes into the JSON
 
-WINDOWS = (4, 8, 16)
+WINDOWS = [4, 6, 8, 16]  # that are extrapolated from
+DECAYED_WINDOWS = [8, 16]
+# With few averages to choose from, a step could win merely by filling a gap between them.
+UNIFORM_WINDOWS = [4, 6, 8, 12, 16]
+EMA_FACTORS = [0.1, 0.15, 0.2, 0.3, 0.4]
 AVERAGES = [
-    *(Candidate("uniform", window) for window in WINDOWS),
-    *(Candidate("ema", factor) for factor in (0.1, 0.2)),
+    *(Candidate("uniform", window) for window in UNIFORM_WINDOWS),
+    *(Candidate("ema", factor) for factor in EMA_FACTORS),
     *(Candidate("wsm", window) for window in WINDOWS),
 ]
 PLACE = re.compile(r"^## Reading\n.*?(?=^## )", re.DOTALL | re.MULTILINE)
@@ -99,19 +103,17 @@ def rows() -> list[Row]:
     """All lines of the comparison, in the order of the table."""
     fixed = [
         ("last checkpoint", "trained", Candidate("last")),
-        *((f"uniform average of {w}", "average", Candidate("uniform", w)) for w in WINDOWS),
-        *((f"EMA {a}", "average", Candidate("ema", a)) for a in (0.1, 0.2)),
+        *((f"uniform average of {w}", "average", Candidate("uniform", w)) for w in UNIFORM_WINDOWS),
+        *((f"EMA {a}", "average", Candidate("ema", a)) for a in EMA_FACTORS),
         *((f"WSM minus-sqrt of {w}", "average", Candidate("wsm", w)) for w in WINDOWS),
     ]
+    decays = [("over the window of", "decay within"), ("after it, as long as", "decay after")]
     unlike = [
         ("random direction, same length", "random", Candidate("random")),
         *(
-            (f"decay over the window of {w}", "decay", Candidate("decay within", w))
-            for w in (8, 16)
-        ),
-        *(
-            (f"decay after it, as long as {w}", "decay", Candidate("decay after", w))
-            for w in (8, 16)
+            (f"decay {words} {window}", "decay", Candidate(method, window))
+            for words, method in decays
+            for window in DECAYED_WINDOWS
         ),
     ]
     return [
@@ -221,20 +223,29 @@ def about(command: str, texts: dict[str, str]) -> dict[str, str]:
 
 SETUP = """\
 A byte-level Llama of 0.84M parameters is trained on two corpora with three seeds each: 1600 steps
-of 16 x 128 bytes at a constant rate of 2e-3 after 100 steps of warm-up, a checkpoint every 32
-steps from step 640 on (31 of them). distmerge makes all merges. Held-out text is cut in two:
-method, window and step are chosen on one half (512 windows of 128 bytes), everything below is
-reported on the other (512 windows). Steps are shares of the span of the merged trajectory. The
-decays fall linearly to 0 from a saved state of the same run: over the last 224 or 480 steps, as
-the windows of 8 and 16 span (no more tokens than the last checkpoint has seen), or for as many
-steps after it (14 % or 30 % more training). The random direction is isotropic over all weights,
-starts at the chosen window's average and is as long as the best step that is not 0; its loss is
-the mean of three draws."""
+of 16 x 128 bytes at a constant rate of 2e-3 after 100 steps of warm-up, with a checkpoint every 32
+steps from step 640 on (31 of them). All merges are made by `distmerge merge` with `sweep:`; those
+that extrapolate (48 a run) come from one recipe and one read of the checkpoints, by two ranks.
+
+Held-out text is in two halves of 512 windows of 128 bytes: method, window and step are chosen on
+one, all that stands below is measured on the other. Steps are shares of the span of the merged
+trajectory, from 0 (the average itself) to 0.5. The decays fall linearly to 0 from a saved state of
+the same run: over its last 224 or 480 steps, which are what windows of 8 and 16 span (no more text
+than the last checkpoint has seen), or over as many steps after it (14 % or 30 % more training). The
+random direction is isotropic over all weights, starts at the chosen window's average and is as
+long as the best step that is not 0; its loss is the mean of three draws."""
 
 LEGEND = """\
 Loss in nats per byte, mean over the seeds. Differences are to the best average, which is chosen
 for each seed; the standard error is over held-out windows, paired; "seeds" is the smallest and the
-largest difference among the seeds."""
+largest difference among the seeds. In the plot, large dots are means with their standard errors and
+small ones single seeds."""
+
+BEYOND = """\
+Here differences are to the uniform average of the same window; steps are chosen for each seed.
+"Merged" is the share of the variance of the merged checkpoints that lies along their first
+component, "raw" that of the checkpoints themselves; each is followed by what a random walk of as
+many checkpoints gives under the same window."""
 
 
 def markdown(numbers: Numbers, reading: str) -> str:
@@ -245,9 +256,7 @@ def markdown(numbers: Numbers, reading: str) -> str:
         parts += [f"### {name.capitalize()}, {found['seeds']} seeds", methods_table(found)]
     parts += [
         "## What a step adds to each window's own average",
-        'Here differences are to the uniform average of the same window. "First component" is the '
-        "share of the variance of the merged checkpoints that lies along it; "
-        '"random walk" is what a walk without any direction gives at the same window.',
+        BEYOND,
         "![steps](steps.png)",
     ]
     for name, found in numbers["corpora"].items():
@@ -273,8 +282,8 @@ def methods_table(found: Numbers) -> str:
 
 
 def windows_table(found: Numbers) -> str:
-    head = "window, average, steps chosen, principal, secant, first component, random walk, "
-    lines = [[*head.split(", ")[:-1], "raw", "raw random walk"]]
+    head = "window, average, steps chosen, principal, secant, merged, random walk, raw, random walk"
+    lines = [head.split(", ")]
     for row in found["windows"]:
         steps = [choice.rpartition(" ")[2] for choice in row["principal"]["chosen"]]
         differences = [

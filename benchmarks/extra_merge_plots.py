@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, RED, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 KINDS = {"trained": BLACK, "average": BLUE, "beyond": RED, "random": PURPLE, "decay": GREEN}
-LINES = {4: (SKY, "o"), 8: (ORANGE, "s"), 16: (RED, "^")}
+LINES = {4: (SKY, "o"), 6: (GREEN, "D"), 8: (ORANGE, "s"), 16: (RED, "^")}
 
 MILLI = 1000.0  # differences are shown in thousandths of a nat
 # Beyond this, a difference is large in any case; within it lies what there is to tell apart.
@@ -58,7 +58,7 @@ def _figure(
         panel(at, found)
         at.set_title(f"{name}, {found['seeds']} seeds")
     if labelled := axes[0][0].get_legend_handles_labels()[0]:
-        figure.legend(handles=labelled, loc="outside lower center", ncols=len(labelled))
+        figure.legend(handles=labelled, loc="outside lower center", ncols=len(labelled), fontsize=9)
     figure.suptitle(title, fontweight="bold")
     figure.savefig(path)
     plt.close(figure)
@@ -101,7 +101,8 @@ def _methods(panel: Axes, found: dict[str, Any]) -> None:
             side = 1 if value > 0 else -1
             panel.plot(side * (HIGHEST - 1), height, ">" if value > 0 else "<", color=color)
             align = "right" if value > 0 else "left"
-            panel.text(side * (HIGHEST - 3), height, f"{value:+.0f}", ha=align, va="center")
+            label = panel.text(side * (HIGHEST - 3), height, f"{value:+.0f}", ha=align, va="center")
+            label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
             continue
         panel.errorbar(value, height, xerr=MILLI * row["error"], color=color, marker="o", capsize=3)
     panel.axvline(0, color=BLACK, linewidth=0.8, linestyle="--")

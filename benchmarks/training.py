@@ -75,7 +75,7 @@ def _dictionary() -> list[str]:
     if not DICTIONARY.is_file():
         raise FileNotFoundError(
             f"no dictionary at {DICTIONARY}: install it with `apt-get install dict-gcide` (Debian "
-            "and Ubuntu), or leave this corpus out"
+            "and Ubuntu), or do without this corpus (--corpora python)"
         )
     with gzip.open(DICTIONARY, "rt", encoding="utf-8", errors="ignore") as stream:
         text = stream.read()

@@ -66,7 +66,8 @@ def cli(local_rank: int | None) -> None:
     CONFIG is a YAML recipe: mergekit's for merge_method: linear, or a trajectory: for
     merge_method: average and extra_merge. With sweep: it makes many outputs from one read.
 
-    Exit codes: 0 done, 1 failed, 2 a mistake that you can mend (torchrun turns all into 1).
+    Exit codes: 0 done, 1 failed, 2 a mistake that you can mend, 130 and 143 stopped by a signal
+    (torchrun turns all into 1).
     """
 
 

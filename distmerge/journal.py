@@ -1,36 +1,59 @@
 """What is on the disk already: a line for every range of a shard that was written.
 
-A line is trusted only if the range still has the checksum that it gives. So nothing has to be
+A line is trusted only if the disk still has the checksum that it gives. So nothing has to be
 synced before the line is written: what a power cut took is written again.
+
+Where a shard is written from its start on, as it mostly is, the checksum is its sha256 so far,
+which the writer knows; elsewhere it is a CRC-32 of the range, which costs time.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import re
+import time
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from distmerge.planner import Plan
 from distmerge.spec import OutputShard
 
-SYNCED = 16
-"""Lines between two syncs of a journal: a power cut loses at most these."""
+SYNC_SECONDS = 30.0
+"""Between two syncs of a journal: a power cut loses no more than what was done meanwhile."""
 
 _CHUNK = 8 * 2**20
 _PREFIX = "written-"
+_LINE = re.compile(r"(\d{1,19}) (\d{1,19}) (\d{1,19}) (crc:[0-9a-f]{8}|sha:[0-9a-f]{32})\n")
 
 
 class Record(NamedTuple):
-    """`length` bytes at `offset` of Plan.files[file] were written; `crc` is their CRC-32."""
+    """`length` bytes at `offset` of Plan.files[file] were written.
+
+    `checksum` is 'crc:' and the CRC-32 of the range, or 'sha:' and (half of) the sha256 of the file
+    from its start to the end of the range; both in hex.
+    """
 
     file: int
     offset: int
     length: int
-    crc: int
+    checksum: str
+
+    @property
+    def stop(self) -> int:
+        return self.offset + self.length
+
+
+def crc_checksum(data: memoryview) -> str:
+    return f"crc:{zlib.crc32(data):08x}"
+
+
+def sha_checksum(digest: bytes) -> str:
+    return f"sha:{digest.hex()[:32]}"
 
 
 class Journal:
@@ -39,19 +62,18 @@ class Journal:
     def __init__(self, folder: Path, name: str):
         path = folder / f"{_PREFIX}{name}"
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        self._unsynced = 0
+        self._synced = time.monotonic()
 
     def add(self, record: Record) -> None:
-        line = f"{record.file} {record.offset} {record.length} {record.crc:08x}\n"
+        line = f"{record.file} {record.offset} {record.length} {record.checksum}\n"
         if os.write(self._file, line.encode()) < len(line):  # what follows would join it
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self._unsynced += 1
-        if self._unsynced >= SYNCED:
+        if time.monotonic() - self._synced >= SYNC_SECONDS:
             self.sync()
 
     def sync(self) -> None:
         os.fsync(self._file)
-        self._unsynced = 0
+        self._synced = time.monotonic()
 
     def close(self) -> None:
         os.close(self._file)
@@ -62,38 +84,57 @@ def read_journals(folder: Path) -> list[Record]:
     found: dict[Record, None] = {}
     for path in sorted(folder.glob(f"{_PREFIX}*")):
         for line in path.read_bytes().decode("ascii", "replace").splitlines(keepends=True):
-            if (record := _parse(line)) is not None:
-                found[record] = None
+            if match := _LINE.fullmatch(line):
+                found[Record(int(match[1]), int(match[2]), int(match[3]), match[4])] = None
     return list(found)
 
 
-def _parse(line: str) -> Record | None:
-    parts = line.split(" ")
-    if len(parts) != 4 or len(parts[3]) != 9 or not line.endswith("\n"):
-        return None
-    try:
-        return Record(int(parts[0]), int(parts[1]), int(parts[2]), int(parts[3], 16))
-    except ValueError:
-        return None
+def sound_records(
+    records: Iterable[Record], folder: Path, files: Sequence[OutputShard]
+) -> Iterator[Record]:
+    """Those of `records` whose ranges still have their checksums."""
+    by_file: dict[int, list[Record]] = {}
+    for record in records:
+        if record.file < len(files) and record.stop <= files[record.file].size:
+            by_file.setdefault(record.file, []).append(record)
+    for number, listed in by_file.items():
+        try:
+            with (folder / files[number].name).open("rb", buffering=0) as file:
+                yield from _sound_ranges(file.fileno(), listed)
+                yield from _sound_start(file.fileno(), listed)
+        except OSError:
+            continue
 
 
-def is_sound(record: Record, folder: Path, files: Sequence[OutputShard]) -> bool:
-    """Whether the range still has its checksum."""
-    if not 0 <= record.file < len(files) or min(record.offset, record.length) < 0:
-        return False
-    if record.offset + record.length > files[record.file].size:
-        return False
-    crc, left, offset = 0, record.length, record.offset
-    try:
-        with (folder / files[record.file].name).open("rb", buffering=0) as file:
-            while left > 0:
-                data = os.pread(file.fileno(), min(left, _CHUNK), offset)
-                if not data:
-                    return False
-                crc, left, offset = zlib.crc32(data, crc), left - len(data), offset + len(data)
-    except OSError:
-        return False
-    return crc == record.crc
+def _sound_ranges(file: int, records: Iterable[Record]) -> Iterator[Record]:
+    for record in records:
+        crc = 0
+        for data in _read(file, record.offset, record.stop):
+            crc = zlib.crc32(data, crc)
+        if record.checksum == f"crc:{crc:08x}":
+            yield record
+
+
+def _sound_start(file: int, records: Iterable[Record]) -> list[Record]:
+    """The records up to the last that the file's sha256 confirms: it covers all before."""
+    chain = sorted((r for r in records if r.checksum.startswith("sha:")), key=lambda r: r.stop)
+    digest, position, sound = hashlib.sha256(), 0, 0
+    for count, record in enumerate(chain, 1):
+        for data in _read(file, position, record.stop):
+            digest.update(data)
+        position = record.stop
+        if record.checksum == sha_checksum(digest.digest()):
+            sound = count
+    return chain[:sound]
+
+
+def _read(file: int, start: int, stop: int) -> Iterator[bytes]:
+    while start < stop:
+        data = os.pread(file, min(stop - start, _CHUNK), start)
+        if not data:
+            return
+        yield data
+        start += len(data)
 
 
 def finished_jobs(plan: Plan, records: Iterable[Record]) -> list[int]:
@@ -123,7 +164,7 @@ def _merged(records: Iterable[Record]) -> dict[int, list[tuple[int, int]]]:
     ranges: dict[int, list[tuple[int, int]]] = {}
     for record in sorted(records):
         known = ranges.setdefault(record.file, [])
-        start, stop = record.offset, record.offset + record.length
+        start, stop = record.offset, record.stop
         if known and start <= known[-1][1]:
             known[-1] = (known[-1][0], max(known[-1][1], stop))
         else:

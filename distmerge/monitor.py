@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from typing import NamedTuple
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from distmerge.log import Progress
+from distmerge.threads import Threads
 
 INTERVAL = 1.0
 """Seconds between two pulses."""
@@ -133,17 +135,24 @@ class Monitor(threading.Thread):
 
     def run(self) -> None:
         count = 0
+        talking = Threads(1, "pulse")
         while not self._stopped.wait(INTERVAL):
             count += 1
             try:
-                self._store.set(f"pulse/{self._rank}", f"{count} {self._done}")
-                self._read_peers()
+                # In a thread: a first rank that is frozen, or whose host is gone, never answers.
+                talking.submit(self._exchange, count).result(timeout=SILENCE)
                 self._store_lost = None
             except RuntimeError:
                 self._lose_store()
+            except futures.TimeoutError:
+                self.cause = self.cause or _silence_of(0)
             self._look_for_stall()
             if self.cause:
                 self._end_if_stuck()
+
+    def _exchange(self, count: int) -> None:
+        self._store.set(f"pulse/{self._rank}", f"{count} {self._done}")
+        self._read_peers()
 
     def _read_peers(self) -> None:
         if self._store.check([_CAUSE]):
@@ -155,13 +164,9 @@ class Monitor(threading.Thread):
             self._pulses[peer] = (pulse, since if pulse == before else now)
             total += int(pulse.split()[1]) if pulse else 0
             if pulse == before and now - since > SILENCE:
-                self._declare_dead(peer)
+                self.fail(_silence_of(peer))
         if self._progress and not self._stopped.is_set():
             self._progress.show(total)
-
-    def _declare_dead(self, peer: int) -> None:
-        message = f"rank {peer} has given no sign of life for {SILENCE:.0f} s; was it killed?"
-        self.fail(Cause(peer, message, 1))
 
     def _lose_store(self) -> None:
         """The store lives in the first rank: without it for long, that rank is gone."""
@@ -198,3 +203,8 @@ class Monitor(threading.Thread):
         logging.shutdown()
         sys.stderr.flush()
         os._exit(self.cause.exit_code)
+
+
+def _silence_of(rank: int) -> Cause:
+    message = f"rank {rank} has given no sign of life for {SILENCE:.0f} s; was it killed?"
+    return Cause(rank, message, 1)

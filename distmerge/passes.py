@@ -22,7 +22,7 @@ from distmerge.dist import World
 from distmerge.document import Plain
 from distmerge.engine import Engine, Outcome
 from distmerge.gram import Gram
-from distmerge.journal import Journal, finished_jobs, is_sound, read_journals
+from distmerge.journal import Journal, finished_jobs, read_journals, sound_records
 from distmerge.log import LOGGER, Progress, format_bytes, parse_bytes
 from distmerge.planner import DEFAULT_MEMORY, Plan, assign, assign_trend, step_elements
 from distmerge.sources.reader import Inputs, ReadMode
@@ -132,10 +132,9 @@ def _finished(world: World, plan: Plan, attempt: Attempt, seen: Sequence[bool]) 
     if not records:
         return frozenset()
     able = [rank for rank, sees in enumerate(seen) if sees]
-    mine = records[able.index(world.rank) :: len(able)] if seen[world.rank] else []
+    mine = [record for record in records if able[record.file % len(able)] == world.rank]
     parts = world.gather(
-        "check what is done",
-        lambda: [record for record in mine if is_sound(record, attempt.folder, plan.files)],
+        "check what is done", lambda: list(sound_records(mine, attempt.folder, plan.files))
     )
     finished = finished_jobs(plan, [record for part in parts for record in part])
     if world.rank == 0:

@@ -10,20 +10,23 @@ import errno
 import hashlib
 import os
 import threading
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from distmerge.errors import OutputError, RunError
-from distmerge.journal import Journal, Record
+from distmerge.journal import Journal, Record, crc_checksum, sha_checksum
 from distmerge.spec import PAGE, OutputShard
 from distmerge.storage import aligned_buffer, is_local, memory_view, open_direct
 
 _READ_BACK = 8 * 2**20
+
+_PATIENCE = 2.0
+"""Seconds that a write which is under way gets to end before its files are left open."""
 
 
 class _Shard:
@@ -38,9 +41,11 @@ class _Shard:
         self._hashed = len(shard.header)
         self._lock = threading.Lock()
 
-    def write(self, offset: int, data: torch.Tensor) -> None:
+    def write(self, offset: int, data: torch.Tensor) -> bytes | None:
         """Whole pages go straight to the disk, the rest of the first and the last through the
-        page cache, which neighbours share. The data is hashed meanwhile."""
+        page cache, which neighbours share. The data is hashed meanwhile.
+
+        Returns the sha256 of the file so far, if `data` went on where the hash had stopped."""
         view = memory_view(data)
         hashed = self._hashing.submit(self._follow, offset, view)
         stop = offset + len(view)
@@ -51,13 +56,15 @@ class _Shard:
             _write_all(self._file, view[: first - offset], offset)
             _write_all(self._direct, view[first - offset : last - offset], first)
             _write_all(self._file, view[last - offset :], last)
-        hashed.result()
+        return hashed.result()
 
-    def _follow(self, offset: int, view: memoryview) -> None:
+    def _follow(self, offset: int, view: memoryview) -> bytes | None:
         with self._lock:
-            if offset == self._hashed:
-                self._hash.update(view)
-                self._hashed += len(view)
+            if offset != self._hashed:
+                return None
+            self._hash.update(view)
+            self._hashed += len(view)
+            return self._hash.digest()
 
     def sync(self) -> None:
         os.fsync(self._file)
@@ -98,13 +105,32 @@ class ShardWriter:
     def __init__(self, folder: Path, shards: Sequence[OutputShard], journal: Journal | None):
         self._folder, self._shards, self._journal = folder, shards, journal
         self._open: dict[int, _Shard] = {}
+        self._turn = threading.Condition()
+        self._under_way, self._closed = 0, False
         self._hashing = ThreadPoolExecutor(1, "hash")
 
     def write(self, shard: int, offset: int, data: torch.Tensor) -> None:
-        self._shard(shard).write(offset, data)
-        if self._journal is not None:
-            view = memory_view(data)
-            self._journal.add(Record(shard, offset, len(view), zlib.crc32(view)))
+        with self._staying_open():
+            so_far = self._shard(shard).write(offset, data)
+            if self._journal is not None:
+                view = memory_view(data)
+                checksum = crc_checksum(view) if so_far is None else sha_checksum(so_far)
+                self._journal.add(Record(shard, offset, len(view), checksum))
+
+    @contextmanager
+    def _staying_open(self) -> Iterator[None]:
+        """After a failure a thread may be writing yet: the numbers of its files must not become
+        another file's meanwhile."""
+        with self._turn:
+            if self._closed:
+                raise RunError("the merge has ended")
+            self._under_way += 1
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._under_way -= 1
+                self._turn.notify_all()
 
     def sync(self) -> None:
         """Return when all that this rank wrote is on the disk."""
@@ -138,9 +164,13 @@ class ShardWriter:
         return self._open[number]
 
     def close(self) -> None:
-        for shard in self._open.values():
-            shard.close()
-        self._open.clear()
+        """Close the files, but not those of a write that hangs."""
+        with self._turn:
+            self._closed = True
+            if self._turn.wait_for(lambda: not self._under_way, timeout=_PATIENCE):
+                for shard in self._open.values():
+                    shard.close()
+                self._open.clear()
         self._hashing.shutdown(wait=False)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import shutil
 import signal
@@ -279,23 +278,22 @@ def test_an_end_of_which_out_knows_nothing_is_none(recipe: Recipe, out: Path) ->
     assert finish(recipe, out).read_bytes > 0
 
 
-def merge_over(recipe: Recipe, out: Path, place: str, call: int, options: Options) -> None:
-    """Replace OUT; before call number `call` of `place`, die."""
+def merge_over(recipe: Recipe, out: Path, place: str, ending: str) -> None:
+    """Replace OUT; die before a rename to, or removal of, what ends so."""
     holder, name = {"rename": (Path, "rename"), "rmtree": (shutil, "rmtree")}[place]
     real: Callable[..., object] = getattr(holder, name)
-    calls = itertools.count(1)
 
     def failing(*args: object, **kwargs: object) -> object:
-        if next(calls) == call:
+        if str(args[-1]).endswith(ending):
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*args, **kwargs)
 
     mock.patch.object(holder, name, failing).start()
-    distmerge.merge(recipe, out, options=options)
+    distmerge.merge(recipe, out, options=REPLACE)
 
 
-def dies(recipe: Recipe, out: Path, place: str, call: int, options: Options) -> None:
-    (outcome,) = observe_ranks(merge_over, 1, recipe, out, place, call, options)
+def dies(recipe: Recipe, out: Path, place: str, ending: str) -> None:
+    (outcome,) = observe_ranks(merge_over, 1, recipe, out, place, ending)
     assert outcome.exit_code == -signal.SIGKILL, outcome.describe()
 
 
@@ -310,7 +308,7 @@ def test_what_out_held_comes_back_if_a_kill_met_its_replacement(
     """Between the two renames of --overwrite: the same command goes on, any other finds it."""
     distmerge.merge(recipe, out)
     held = tree(out)
-    dies(other, out, "rename", 2, REPLACE)
+    dies(other, out, "rename", out.name)
     assert not out.exists()
     with pytest.raises(OutputError, match="it exists and is not empty; --overwrite"):
         distmerge.merge(recipe, out)
@@ -325,7 +323,7 @@ def test_a_kill_right_after_the_replacement_leaves_nothing_of_the_old(
 ) -> None:
     distmerge.merge(recipe, out)
     old = tree(out)
-    dies(other, out, "rmtree", 1, REPLACE)
+    dies(other, out, "rmtree", "-replaced")
     assert any(name.endswith("-replaced") for name in names(out))
     assert finish(other, out, REPLACE).read_bytes == 0
     assert tree(out) != old
@@ -337,7 +335,7 @@ def test_a_mark_of_an_end_that_never_came_is_not_believed(
     """OUT holds what the same recipe made before. A new attempt is killed just before its rename,
     then a --restart while it throws that away: what OUT holds is not the new attempt's."""
     distmerge.merge(recipe, out)
-    dies(recipe, out, "rename", 1, REPLACE)
+    dies(recipe, out, "rename", "-replaced")
     (state,) = out.parent.glob("*.state")
     assert (state / "renaming").is_file()
     journal = state / "written-0-ff"
