@@ -201,7 +201,7 @@ def write_page(results: Path, findings: list[Finding], command: str, texts: dict
     draw(results, corpora)
     page = results / "README.md"
     old = PLACE.search(page.read_text()) if page.is_file() else None
-    page.write_text(markdown(numbers, old[0] if old else "## Reading\n\nNot written yet.\n\n"))
+    page.write_text(markdown(numbers, old[0] if old else "## Reading\n\nNot written yet.\n"))
 
 
 def about(command: str, texts: dict[str, str]) -> dict[str, str]:
@@ -227,13 +227,14 @@ of 16 x 128 bytes at a constant rate of 2e-3 after 100 steps of warm-up, with a 
 steps from step 640 on (31 of them). All merges are made by `distmerge merge` with `sweep:`; those
 that extrapolate (48 a run) come from one recipe and one read of the checkpoints, by two ranks.
 
-Held-out text is in two halves of 512 windows of 128 bytes: method, window and step are chosen on
-one, all that stands below is measured on the other. Steps are shares of the span of the merged
-trajectory, from 0 (the average itself) to 0.5. The decays fall linearly to 0 from a saved state of
-the same run: over its last 224 or 480 steps, which are what windows of 8 and 16 span (no more text
-than the last checkpoint has seen), or over as many steps after it (14 % or 30 % more training). The
-random direction is isotropic over all weights, starts at the chosen window's average and is as
-long as the best step that is not 0; its loss is the mean of three draws."""
+Held-out text is 1024 snippets from all over the part of a corpus that is not trained on, dealt out
+to two halves of 512 windows of 128 bytes: method, window and step are chosen on one, all that
+stands below is measured on the other. Steps are shares of the span of the merged trajectory, from 0
+(the average itself) to 0.5. The decays fall linearly to 0 from a saved state of the same run: over
+its last 224 or 480 steps, which are what windows of 8 and 16 span (no more text than the last
+checkpoint has seen), or over as many steps after it (14 % or 30 % more training). The random
+direction is isotropic over all weights, starts at the chosen window's average and is as long as the
+best step that is not 0; its loss is the mean of three draws."""
 
 LEGEND = """\
 Loss in nats per byte, mean over the seeds. Differences are to the best average, which is chosen
@@ -245,7 +246,8 @@ BEYOND = """\
 Here differences are to the uniform average of the same window; steps are chosen for each seed.
 "Merged" is the share of the variance of the merged checkpoints that lies along their first
 component, "raw" that of the checkpoints themselves; each is followed by what a random walk of as
-many checkpoints gives under the same window."""
+many checkpoints gives under the same window. The plot is of the principal direction; what lies far
+above is cut off and stands in results.json."""
 
 
 def markdown(numbers: Numbers, reading: str) -> str:

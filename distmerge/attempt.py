@@ -155,10 +155,11 @@ def _beside(out: Path, ending: str) -> list[Path]:
 def _restore_replaced(out: Path) -> None:
     """A kill between two renames leaves what OUT held before under another name."""
     for old in _beside(out, REPLACED):
-        if os.path.lexists(out):
-            shutil.rmtree(old, ignore_errors=True)
-        else:
+        # An empty folder at OUT is as good as none: scripts make one before every attempt.
+        if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
             old.rename(out)
+        else:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

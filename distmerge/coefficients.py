@@ -34,9 +34,16 @@ def find_coefficients(
     if gram is None:
         gram, done = statistic_pass(world, plan, means, attempt)
     rows = world.on_first("solve", lambda: _solve(recipe, plan, gram))
-    copies = [attempt.folder / report.FOLDER / report.GRAM, path]
-    world.on_first("keep the statistic", lambda: grams.keep(gram, copies))
+    world.on_first("keep the statistic", lambda: _keep(gram, attempt, path))
     return solved(plan, rows), done
+
+
+def _keep(gram: Gram, attempt: Attempt, cache: Path) -> None:
+    """With the outputs, for no report can be made without it, and in the cache."""
+    folder = attempt.folder / report.FOLDER
+    folder.mkdir(exist_ok=True)
+    grams.save(gram, folder / report.GRAM)
+    grams.keep(gram, [cache])
 
 
 def _known(path: Path) -> tuple[Path, Gram | None]:

@@ -77,6 +77,7 @@ class Journal:
 
     def close(self) -> None:
         os.close(self._file)
+        self._file = -1  # a thread that still writes must not get at another file
 
 
 def read_journals(folder: Path) -> list[Record]:
@@ -107,7 +108,7 @@ def sound_records(
 
 
 def _sound_ranges(file: int, records: Iterable[Record]) -> Iterator[Record]:
-    for record in records:
+    for record in (r for r in records if r.checksum.startswith("crc:")):
         crc = 0
         for data in _read(file, record.offset, record.stop):
             crc = zlib.crc32(data, crc)

@@ -72,7 +72,11 @@ def wait_for_line(results: Path, timeout: float = 30) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
+    ("number", "code"),
+    [
+        pytest.param(signal.SIGTERM, 143, id="SIGTERM", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 130, id="SIGINT"),
+    ],
 )
 def test_a_signal_stops_a_run_and_the_same_command_goes_on(
     trio: Trio, tmp_path: Path, number: signal.Signals, code: int

@@ -75,7 +75,7 @@ def killed(out: Path, plan: Plan, wanted: dict[str, str]) -> Attempt:
     """An attempt that has written something and was killed."""
     attempt = start(out, plan, wanted)
     output.create_folders(attempt.folder, plan)
-    (attempt.state / "written-0-aa").write_text("0 0 1 00000000\n")
+    (attempt.state / "written-0-aa").write_text("0 0 1 crc:00000000\n")
     return attempt
 
 
@@ -316,6 +316,20 @@ def test_what_out_held_comes_back_if_a_kill_met_its_replacement(
     result = finish(other, out, REPLACE)
     assert result.read_bytes == 0
     assert tree(out) != held
+
+
+def test_an_empty_folder_in_its_place_does_not_cost_it(
+    recipe: Recipe, other: Recipe, out: Path
+) -> None:
+    """As of a script that makes the folder before every attempt."""
+    distmerge.merge(recipe, out)
+    held = tree(out)
+    dies(other, out, "rename", out.name)
+    out.mkdir()
+    with pytest.raises(OutputError, match="it exists and is not empty; --overwrite"):
+        distmerge.merge(other, out)
+    assert tree(out) == held
+    finish(other, out, REPLACE)
 
 
 def test_a_kill_right_after_the_replacement_leaves_nothing_of_the_old(

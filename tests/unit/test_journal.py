@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
@@ -22,16 +22,23 @@ from distmerge.journal import (
     Record,
     _covers,
     _merged,
+    crc_checksum,
     finished_jobs,
-    is_sound,
     read_journals,
+    sha_checksum,
+    sound_records,
 )
 from distmerge.planner import Plan
 from distmerge.spec import OutputShard
 from tests.support.checkpoints import write_checkpoint
 from tests.unit.recipes import average
 
-RECORDS = [Record(0, 100, 4096, 0xDEADBEEF), Record(3, 0, 1, 0), Record(1, 2**40, 2**33, 1)]
+SHA = f"sha:{'0123456789abcdef' * 2}"
+RECORDS = [
+    Record(0, 100, 4096, "crc:deadbeef"),
+    Record(3, 0, 1, SHA),
+    Record(1, 2**40, 2**33, "crc:00000001"),
+]
 
 
 def write_journal(folder: Path, name: str, records: Sequence[Record]) -> Path:
@@ -49,7 +56,7 @@ def test_what_is_taken_down_is_read_again(tmp_path: Path) -> None:
     assert read_journals(tmp_path) == RECORDS, "each once"
 
 
-@pytest.mark.parametrize("kept", range(1, 24))
+@pytest.mark.parametrize("kept", range(1, 60))
 def test_a_torn_line_is_none(tmp_path: Path, kept: int) -> None:
     """A kill or a full disk may cut it anywhere."""
     path = write_journal(tmp_path, "0-aa", RECORDS[:2])
@@ -62,15 +69,19 @@ def test_a_torn_line_is_none(tmp_path: Path, kept: int) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        b"", b"0 1 2\n", b"0 1 2 3\n", b"0 1 2 0000000g\n", b"a 1 2 00000000\n",
-        b"0 1 2 00000000 4\n", b"0  1 00000000\n", b"0 1 2 00000000\r\n", b"\xff\xfe \xff\n",
-        b"0 1.5 2 00000000\n", b"0 1 2 000000000\n", b"\x00" * 50 + b"\n",
+        b"0 1 2\n", b"0 1 2 3\n", b"0 1 2 00000000\n", b"0 1 2 crc:0000000g\n", b"\n",
+        b"a 1 2 crc:00000000\n", b"0 1 2 crc:00000000 4\n", b"0  1 crc:00000000\n",
+        b"0 1 2 crc:00000000\r\n", b"\xff\xfe \xff\n", b"0 1.5 2 crc:00000000\n",
+        b"0 1 2 crc:000000000\n", b"0 1 2 sha:00000000\n", b"-1 1 2 crc:00000000\n",
+        b"0 -1 2 crc:00000000\n", b"0 1 -2 crc:00000000\n", b"0 1_0 2 crc:00000000\n",
+        b"0 10 crc:00 1 2 crc:00000000\n", b"\x00" * 50 + b"\n", b"0 1 2 crc:0000",
+        b"0 1" + b"0" * 20 + b" 2 crc:00000000\n",
     ],
 )  # fmt: skip
 def test_a_foreign_line_is_none(tmp_path: Path, line: bytes) -> None:
     path = write_journal(tmp_path, "0-aa", RECORDS[:1])
-    path.write_bytes(line + path.read_bytes())
-    assert read_journals(tmp_path) == (RECORDS[:1] if line.endswith(b"\n") or not line else [])
+    path.write_bytes(path.read_bytes() + line)
+    assert read_journals(tmp_path) == RECORDS[:1]
 
 
 def test_a_line_that_a_full_disk_cuts_ends_the_run(tmp_path: Path) -> None:
@@ -85,50 +96,86 @@ def test_a_line_that_a_full_disk_cuts_ends_the_run(tmp_path: Path) -> None:
     journal.close()
 
 
-def shard(size: int, name: str = "a") -> OutputShard:
-    return OutputShard(name=name, header=b"", size=size)
+def sound(folder: Path, records: list[Record], size: int) -> list[Record]:
+    return list(sound_records(records, folder, [OutputShard(name="a", header=b"", size=size)]))
+
+
+def crc(data: bytes, start: int, stop: int) -> Record:
+    return Record(0, start, stop - start, crc_checksum(memoryview(data)[start:stop]))
+
+
+def sha(data: bytes, start: int, stop: int) -> Record:
+    return Record(0, start, stop - start, sha_checksum(hashlib.sha256(data[:stop]).digest()))
+
+
+DATA = bytes(range(256)) * 40
 
 
 def test_a_range_is_sound_while_its_bytes_are(tmp_path: Path) -> None:
-    data = bytes(range(256)) * 40
-    (tmp_path / "a").write_bytes(data)
-    files = [shard(len(data))]
-    for offset, length in ((0, len(data)), (17, 4096), (len(data) - 1, 1), (5, 0)):
-        crc = zlib.crc32(data[offset : offset + length])
-        assert is_sound(Record(0, offset, length, crc), tmp_path, files)
-        assert not is_sound(Record(0, offset, length, crc ^ 1), tmp_path, files)
-    record = Record(0, 100, 5000, zlib.crc32(data[100:5100]))
-    for place, sound in ((99, True), (100, False), (3000, False), (5099, False), (5100, True)):
-        changed = bytearray(data)
+    path = tmp_path / "a"
+    path.write_bytes(DATA)
+    records = [
+        make(DATA, start, stop)
+        for make in (crc, sha)
+        for start, stop in ((0, len(DATA)), (17, 4113), (len(DATA) - 1, len(DATA)), (5, 5))
+    ]
+    assert sorted(sound(tmp_path, records, len(DATA))) == sorted(records)
+    wrong = [r._replace(checksum=r.checksum[:-1] + "xy"[r.checksum[-1] == "x"]) for r in records]
+    assert sound(tmp_path, wrong, len(DATA)) == []
+    one = crc(DATA, 100, 5100)
+    for place, intact in ((99, True), (100, False), (3000, False), (5099, False), (5100, True)):
+        changed = bytearray(DATA)
         changed[place] ^= 0x10
-        (tmp_path / "a").write_bytes(changed)
-        assert is_sound(record, tmp_path, files) == sound
-    (tmp_path / "a").write_bytes(data[:5099])
-    assert not is_sound(record, tmp_path, files), "cut short"
-    (tmp_path / "a").unlink()
-    assert not is_sound(record, tmp_path, files), "gone"
+        path.write_bytes(changed)
+        assert sound(tmp_path, [one], len(DATA)) == [one] * intact
+    path.write_bytes(DATA[:5099])
+    assert sound(tmp_path, [one], len(DATA)) == [], "cut short"
+    path.unlink()
+    assert sound(tmp_path, [one], len(DATA)) == [], "gone"
+    path.mkdir()
+    assert sound(tmp_path, [one], len(DATA)) == [], "no file"
+
+
+@pytest.mark.parametrize("place", [0, 999, 1000, 4500, 9999])
+def test_of_a_shard_written_from_its_start_all_counts_before_the_first_damage(
+    tmp_path: Path, place: int
+) -> None:
+    """Also where attempts in other steps have written it: their ranges overlap."""
+    ends = [1000, 2000, 2500, 2500, 4000, 5000, 5001, 9000, 10000]
+    chain = [sha(DATA, max(0, stop - 1000), stop) for stop in ends]
+    changed = bytearray(DATA)
+    changed[place] ^= 1
+    (tmp_path / "a").write_bytes(changed)
+    found = sound(tmp_path, chain[::-1], len(DATA))
+    assert sorted(found) == sorted(record for record in chain if record.stop <= place)
+
+
+@pytest.mark.parametrize("seen", [0, 1, 2])
+def test_a_wrong_link_of_the_chain_is_overruled_by_a_later_true_one(
+    tmp_path: Path, seen: int
+) -> None:
+    """That covers all bytes before it."""
+    (tmp_path / "a").write_bytes(DATA)
+    chain = [sha(DATA, stop - 1000, stop) for stop in (1000, 2000, 3000)]
+    chain[seen] = chain[seen]._replace(checksum=SHA)
+    assert sound(tmp_path, chain, len(DATA)) == chain[: 3 if seen < 2 else 2]
 
 
 @pytest.mark.parametrize(
     "record",
     [
-        Record(1, 0, 1, 0), Record(-1, 0, 1, 0), Record(0, -1, 1, 0), Record(0, 0, -1, 0),
-        Record(0, 5, -5, 0), Record(0, 99, 2, 0), Record(0, 101, 0, 0), Record(0, 2**70, 1, 0),
-        Record(0, 0, 2**70, 0), Record(2**70, 0, 1, 0),
+        Record(1, 0, 1, "crc:00000000"), Record(0, 99, 2, "crc:00000000"),
+        Record(0, 101, 0, "crc:00000000"), Record(0, 2**62, 2**62, "crc:00000000"),
+        Record(0, 10**19 - 1, 1, SHA), Record(10**19 - 1, 0, 1, SHA),
     ],
 )  # fmt: skip
 def test_a_range_that_no_file_has_is_not_sound(tmp_path: Path, record: Record) -> None:
     (tmp_path / "a").write_bytes(bytes(100))
-    assert not is_sound(record, tmp_path, [shard(100)])
-
-
-def test_a_range_of_a_file_that_can_not_be_opened_is_not_sound(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    assert not is_sound(Record(0, 0, 1, 0), tmp_path, [shard(100)])
+    assert sound(tmp_path, [record], 100) == []
 
 
 RANGES = st.lists(
-    st.builds(Record, st.integers(0, 2), st.integers(0, 30), st.integers(0, 12), st.just(0)),
+    st.builds(Record, st.integers(0, 2), st.integers(0, 30), st.integers(0, 12), st.just(SHA)),
     max_size=12,
 )
 
@@ -177,14 +224,14 @@ def test_finished_is_a_job_whose_every_byte_is_written(plan: Plan, data: st.Data
         near = st.sampled_from(ends[file])
         start = max(0, data.draw(near) + data.draw(st.integers(-3, 30)))
         length = data.draw(st.one_of(st.integers(0, 40), st.just(plan.files[file].size)))
-        records.append(Record(file, start, length, 0))
+        records.append(Record(file, start, length, SHA))
     written = {(r.file, at) for r in records for at in range(r.offset, r.offset + r.length)}
     expected = [n for n in range(len(plan.jobs)) if bytes_of(plan, n) <= written]
     assert finished_jobs(plan, records) == expected
 
 
 def test_all_is_finished_where_all_is_written(plan: Plan) -> None:
-    whole = [Record(number, 0, file.size, 0) for number, file in enumerate(plan.files)]
+    whole = [Record(number, 0, file.size, SHA) for number, file in enumerate(plan.files)]
     assert finished_jobs(plan, whole) == list(range(len(plan.jobs)))
     assert finished_jobs(plan, whole[1:]) != list(range(len(plan.jobs)))
     assert finished_jobs(plan, []) == []
