@@ -46,11 +46,10 @@ def add_gram(inputs: Sequence[torch.Tensor], gram: torch.Tensor, *, elements: in
         # A piece that is not full gets a buffer of its own: alignment may change last bits.
         count = part[0].numel()
         d = rows if count == elements else rows.new_empty(len(inputs), count)
-        for row, x in zip(d, part, strict=True):
-            row.copy_(x)
-        d[:-1].sub_(d[-1])
-        d[-1].zero_()
-        gram.addmm_(d, d.T)
+        last = d[-1].copy_(part[-1])
+        for row, x in zip(d[:-1], part[:-1], strict=True):
+            row.copy_(x).sub_(last)  # while it is in the cache
+        gram[:-1, :-1].addmm_(d[:-1], d[:-1].T)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
