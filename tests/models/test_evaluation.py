@@ -276,8 +276,7 @@ def test_the_tokenizer_adds_nothing(tmp_path: Path, text: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_a_gpu_measures_nearly_the_same(
-    tmp_path: Path, text: Path) -> None:
+def test_a_gpu_measures_nearly_the_same(tmp_path: Path, text: Path) -> None:
     """In bfloat16, as stored; the CPU takes float32."""
     if not torch.cuda.is_available():
         pytest.skip("there is no GPU here")
