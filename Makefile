@@ -27,7 +27,9 @@ experiment-extra-merge: setup
 test: setup
 	$(BIN)/python -m pytest
 
+# The fuzzer is not for every machine; without it its tests say that they are skipped.
 test-slow: setup
+	-$(BIN)/python -m pip install --quiet atheris
 	$(BIN)/python -m pytest -m slow
 
 test-gpu: setup

@@ -30,7 +30,7 @@ from benchmarks.floor import read_all, shards, write_one
 
 STEPS = [0, 0.25, 0.5, 1, 2]
 WINDOW = 4
-DOT_ELEMENTS, DOT_ROUNDS = 16 * 1024, 2000
+DOT_ELEMENTS, DOT_ROUNDS = 16 * 1024, 300_000
 
 Run = dict[str, Any]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import time
@@ -276,9 +277,8 @@ def main() -> None:
     try:
         _run()
     except _Stopped as stopped:
-        name = signal.Signals(stopped.args[0]).name
         code = 128 + stopped.args[0]
-        _echo(f"error: stopped by {name}; OUT is complete or as it was before", err=True)
+        _tell_of_end(signal.Signals(stopped.args[0]).name)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
     except BaseException:
@@ -291,6 +291,13 @@ def main() -> None:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(0)
+
+
+def _tell_of_end(name: str) -> None:
+    """A signal reaches all ranks: the first says how to go on, the others only that they ended."""
+    _echo(f"error: stopped by {name}; OUT is complete or as it was before", err=True)
+    if sys.argv[1:2] == ["merge"] and detect(os.environ).rank == 0:
+        _echo(f"to go on: distmerge {shlex.join(sys.argv[1:])}", err=True)
 
 
 @record

@@ -170,5 +170,5 @@ def test_sigterm_stops_a_lone_run_without_an_output(trio: Trio, tmp_path: Path) 
 
     assert done.returncode == 143
     said = "error: stopped by SIGTERM; OUT is complete or as it was before"
-    assert done.stderr.splitlines()[-1] == said
+    assert said in done.stderr.splitlines()
     assert all(path.name.startswith(".out.distmerge-") for path in results.iterdir())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -87,6 +88,7 @@ def test_a_signal_stops_a_run_and_the_same_command_goes_on(
     assert said.splitlines() == [
         f"{out}: what is done is kept; the same command goes on with it, --restart starts anew",
         f"error: stopped by {number.name}; OUT is complete or as it was before",
+        f"to go on: {shlex.join(['distmerge', *map(str, merging(trio, out)[1:])])}",
     ]
     assert not out.exists()
 
