@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import distmerge
 from tests.support.checkpoints import INDEX
 
 MANIFEST = "distmerge.json"
@@ -58,3 +59,7 @@ def forge(out: Path, name: str) -> None:
     raw = (out / name).read_bytes()
     entry = {"sha256": hashlib.sha256(raw).hexdigest(), "bytes": len(raw)}
     edit_manifest(out, lambda content: content["files"].update({name: entry}))
+
+
+def listed(found: distmerge.Verification) -> list[str]:
+    return [str(finding) for finding in found.findings]
