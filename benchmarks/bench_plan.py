@@ -114,7 +114,7 @@ def _write_recipe(workdir: Path, case: str, folders: list[Path]) -> Path:
 def measure(recipe: str, ranks: int) -> Run:
     """Plan and deal out, in this process; the seconds that each takes."""
     import distmerge  # noqa: PLC0415
-    from distmerge.planner import assign  # noqa: PLC0415
+    from distmerge.assignment import assign  # noqa: PLC0415
 
     start = time.perf_counter()
     plan = distmerge.plan(recipe)

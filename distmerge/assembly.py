@@ -7,28 +7,31 @@ at a time.
 
 from __future__ import annotations
 
+import heapq
+import secrets
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from itertools import zip_longest
+from itertools import repeat
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
 import torch
 
+from distmerge.attempt import Attempt
 from distmerge.dist import World
 from distmerge.errors import OutputError
 from distmerge.planner import Plan
 from distmerge.spec import PAGE
 from distmerge.storage import aligned_buffer
-from distmerge.stream import Step, steps
+from distmerge.stream import steps
 from distmerge.threads import Threads
 from distmerge.writer import ShardWriter
 
 AssembleMode = Literal["auto", "direct", "gather"]
 
 _PATIENCE = 3.0
-"""Seconds for a new folder to show up on a network file system."""
+"""Seconds for a new file to show up on a network file system."""
 
 
 class Assembly(NamedTuple):
@@ -41,16 +44,26 @@ class Assembly(NamedTuple):
         return [file for file, owner in enumerate(self.owners) if owner == rank]
 
 
-def who_sees(world: World, folder: Path, mode: AssembleMode) -> list[bool]:
-    """Which ranks see `folder`, which rank 0 has just made.
+def who_sees(world: World, attempt: Attempt, mode: AssembleMode) -> list[bool]:
+    """Which ranks see the folder of `attempt`, on the disk where rank 0 has made it.
 
-    Raises OutputError where `mode` is direct and a rank does not.
+    A folder of that name proves nothing: it may lie on a disk of that host's own, left by an
+    attempt whose rank 0 ran there. So rank 0 leaves a file of a random name to be looked for.
+    Raises OutputError where `mode` is direct and a rank does not see it.
     """
     phase = "look for the output folder"
-    seen = world.gather(phase, lambda: _appears(folder))
+    probe = attempt.state / world.on_first(phase, lambda: _leave_probe(attempt.state))
+    seen = world.gather(phase, lambda: _appears(probe))
+    world.on_first(phase, probe.unlink)
     if mode == "direct" and not all(seen):
-        world.together(phase, lambda: _refuse(folder, seen.index(False)))
+        world.together(phase, lambda: _refuse(attempt.folder, seen.index(False)))
     return seen
+
+
+def _leave_probe(folder: Path) -> str:
+    name = f"probe-{secrets.token_hex(8)}"
+    (folder / name).touch()
+    return name
 
 
 def assembly(
@@ -71,9 +84,9 @@ def _refuse(folder: Path, rank: int) -> NoReturn:
     )
 
 
-def _appears(folder: Path) -> bool:
+def _appears(probe: Path) -> bool:
     deadline = time.monotonic() + _PATIENCE
-    while not folder.is_dir():
+    while not probe.exists():
         if time.monotonic() > deadline:
             return False
         time.sleep(0.1)
@@ -90,26 +103,49 @@ def _first_writers(plan: Plan, assignment: Sequence[Sequence[int]]) -> tuple[int
     return tuple(owners * len(plan.outputs))
 
 
+class Message(NamedTuple):
+    """What a rank writes at once. `time` is what its jobs cost so far: about when it comes."""
+
+    time: float
+    file: int
+    offset: int
+    size: int
+
+
+def messages(plan: Plan, jobs: Sequence[int], elements: int) -> Iterator[Message]:
+    """All that a rank with these jobs writes, in the order in which it does."""
+    time = 0.0
+    outputs = range(len(plan.outputs))
+    for number in jobs:
+        job = plan.jobs[number]
+        time += plan.cost(job)
+        parts = list(steps(plan, [number], elements))
+        if plan.matrices(job):  # one output after the other
+            order = ((output, step) for output in outputs for step in parts)
+        else:
+            order = ((output, step) for step in parts for output in outputs)
+        for output, step in order:
+            file = plan.file(output, step.tensor.shard)
+            yield Message(time, file, step.offset, step.output_bytes)
+
+
 class GatherSink:
     """An engine.Sink that keeps what belongs to this rank's files and sends the rest.
 
-    Every owner takes the ranks' steps in turn: first all first steps, then all second ones ...,
-    and of each step its outputs in order.
-    Each rank sends in that order too, so some sender is always waited for, and none waits in a
-    circle.
+    Every owner takes the ranks' messages by their times, and by rank where these are equal. Each
+    rank sends in that order too, so some sender is always waited for, and none waits in a circle.
     """
 
     def __init__(
         self,
         world: World,
-        plan: Plan,
         owners: Sequence[int],
         writer: ShardWriter,
-        rank_steps: Sequence[Iterator[Step]],
+        by_rank: Sequence[Iterator[Message]],
     ):
-        self._world, self._plan, self._owners, self._writer = world, plan, owners, writer
+        self._world, self._owners, self._writer = world, owners, writer
         self._pool = Threads(1, "receive")
-        self._received: Future[None] = self._pool.submit(self._receive, rank_steps)
+        self._received: Future[None] = self._pool.submit(self._receive, by_rank)
 
     def write(self, file: int, offset: int, data: torch.Tensor) -> None:
         if self._received.done():
@@ -126,27 +162,14 @@ class GatherSink:
     def close(self) -> None:
         self._pool.close()
 
-    def _receive(self, rank_steps: Sequence[Iterator[Step]]) -> None:
+    def _receive(self, by_rank: Sequence[Iterator[Message]]) -> None:
         buffer = torch.empty(0, dtype=torch.uint8)
-        for turn in zip_longest(*rank_steps):
-            for rank, step in enumerate(turn):
-                if step is None or rank == self._world.rank:
-                    continue
-                for file in self._own_files(step):
-                    if buffer.numel() < step.output_bytes + PAGE:
-                        buffer = aligned_buffer(step.output_bytes + PAGE, pinned=False)
-                    data = buffer[step.offset % PAGE :][: step.output_bytes]
-                    self._world.receive(data, rank)
-                    self._writer.write(file, step.offset, data)
-
-    def _own_files(self, step: Step) -> list[int]:
-        """The files of this rank that the step writes to."""
-        outputs = range(len(self._plan.outputs))
-        files = [self._plan.file(number, step.tensor.shard) for number in outputs]
-        return [file for file in files if self._owners[file] == self._world.rank]
-
-
-def all_steps(
-    plan: Plan, assignment: Sequence[Sequence[int]], elements: int
-) -> list[Iterator[Step]]:
-    return [steps(plan, jobs, elements) for jobs in assignment]
+        numbered = [zip(repeat(rank), each) for rank, each in enumerate(by_rank)]
+        for rank, message in heapq.merge(*numbered, key=lambda entry: (entry[1].time, entry[0])):
+            if rank == self._world.rank or self._owners[message.file] != self._world.rank:
+                continue
+            if buffer.numel() < message.size + PAGE:
+                buffer = aligned_buffer(message.size + PAGE, pinned=False)
+            data = buffer[message.offset % PAGE :][: message.size]
+            self._world.receive(data, rank)
+            self._writer.write(message.file, message.offset, data)

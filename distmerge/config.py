@@ -1,4 +1,4 @@
-"""The recipe of one output, strict: mergekit's YAML for `linear`, a `trajectory` for the others.
+"""The recipe of one output, strict: mergekit's YAML for models, a `trajectory` for checkpoints.
 
 merge_method: linear                 merge_method: extra_merge
 models:                              trajectory: {checkpoints: runs/x/step-*, window: 8}
@@ -6,6 +6,8 @@ models:                              trajectory: {checkpoints: runs/x/step-*, wi
     parameters: {weight: 0.5}          step: 0.5        # merge intervals, or {span: share}
   - ...                                direction: principal
 parameters: {normalize: true}          exclude: [lm_head.*]
+
+The methods on task vectors are in `mergers`.
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ from dataclasses import dataclass, field
 from typing import Literal, cast
 
 from distmerge.document import Node
+from distmerge.mergers import MERGERS, Calibration, parse_calibration
 from distmerge.parameters import Parameter, parse_parameter
 from distmerge.reference import ModelRef, parse_model
 from distmerge.spec import FLOATS
 from distmerge.trajectory import Trajectory, parse_trajectory
 
-METHODS = ("average", "extra_merge", "linear")
+METHODS = ("average", "extra_merge", "linear", *MERGERS)
 PARAMETERS = ("weight", "normalize")
 
 Missing = Literal["error", "donor", "present"]
@@ -35,8 +38,8 @@ _LATER = {
     "chat_template": "not supported yet; without it the donor's is copied",
 }
 _KEYS = (
-    "merge_method", "models", "trajectory", "base_model", "parameters", "sweep", "select",
-    "dtype", "out_dtype", "missing", "non_float",
+    "merge_method", "models", "trajectory", "base_model", "parameters", "calibrate", "sweep",
+    "select", "publish", "dtype", "out_dtype", "missing", "non_float",
 )  # fmt: skip
 
 
@@ -81,6 +84,7 @@ class Config:
     extrapolation: Extrapolation | None = None
     base_model: ModelRef | None = None
     parameters: dict[str, Parameter] = field(default_factory=dict)
+    calibration: Calibration | None = None
     dtype: str | None = None
     out_dtype: str | None = None
     missing: Missing = "error"
@@ -92,7 +96,7 @@ class Config:
 
 
 def parse_config(root: Node) -> Config:
-    """Check a document (without its `sweep` and `select`). Raises ConfigError with its place."""
+    """Check a document; `sweep`, `select`, `publish` are not its. Raises ConfigError with its place."""
     if isinstance(root.value, dict):
         for key in [key for key in _LATER if key in root.value]:
             Node(root.value[key], (key,), root.origin).fail(_LATER[key])
@@ -100,22 +104,42 @@ def parse_config(root: Node) -> Config:
     if "merge_method" not in keys:
         root.fail(f"merge_method is missing; one of {', '.join(METHODS)}")
     method = keys["merge_method"].choice(METHODS)
-    linear, extrapolates = method == "linear", method == "extra_merge"
+    extrapolates, on_tasks = method == "extra_merge", method in MERGERS
     base_model = parse_model(keys["base_model"]) if "base_model" in keys else None
+    models = _parse_models(root, keys, method) if on_tasks or method == "linear" else ()
+    if on_tasks:
+        _check_tasks(root, method, models, base_model)
+    if "calibrate" in keys and not on_tasks:
+        keys["calibrate"].fail(f"{method} has no task vectors; one of {', '.join(MERGERS)} has")
+    calibrated = "calibrate" in keys and keys["calibrate"].value is not None
     return Config(
         merge_method=method,
-        models=_parse_models(root, keys) if linear else (),
-        trajectory=None if linear else _parse_trajectory(root, keys, method),
+        models=models,
+        trajectory=None if models else _parse_trajectory(root, keys, method),
         extrapolation=_parse_extrapolation(root, keys) if extrapolates else None,
         base_model=base_model,
-        parameters=_parse_parameters(keys.get("parameters"), PARAMETERS) if linear else {},
+        parameters=_parse_shared(root, keys, method) if models else {},
+        calibration=parse_calibration(keys["calibrate"]) if calibrated else None,
         dtype=_parse_dtype(keys.get("dtype")),
         out_dtype=_parse_dtype(keys.get("out_dtype")),
         missing=cast(Missing, _choice(
-            keys, "missing", ("error", "donor") if extrapolates else ("error", "donor", "present"),
+            keys, "missing",
+            ("error", "donor") if extrapolates or on_tasks else ("error", "donor", "present"),
             "donor" if base_model else "error")),
         non_float=cast(NonFloat, _choice(keys, "non_float", ("equal", "donor"), "equal")),
     )  # fmt: skip
+
+
+def _check_tasks(
+    root: Node, method: str, models: Sequence[ModelEntry], base_model: ModelRef | None
+) -> None:
+    """Raise ConfigError where there is no base, or nothing beside it."""
+    if base_model is None:
+        root.fail(f"merge_method: {method} needs base_model:, from which its models were tuned")
+    tasks = [entry for entry in models if entry.model != base_model]
+    if not tasks or (method == "expo" and len(tasks) > 1):
+        count = "one model" if method == "expo" else "at least one model"
+        root.fail(f"merge_method: {method} needs {count} beside base_model under models:")
 
 
 def _choice(keys: dict[str, Node], key: str, options: Sequence[str], default: str) -> str:
@@ -131,28 +155,41 @@ def _parse_dtype(node: Node | None) -> str | None:
     return name
 
 
-def _parse_models(root: Node, keys: dict[str, Node]) -> tuple[ModelEntry, ...]:
+def _parse_models(root: Node, keys: dict[str, Node], method: str) -> tuple[ModelEntry, ...]:
     if "models" not in keys:
-        root.fail("merge_method: linear needs models:")
+        root.fail(f"merge_method: {method} needs models:")
     if "trajectory" in keys:
-        keys["trajectory"].fail("it belongs to merge_method: average; linear takes models:")
-    entries = tuple(_parse_entry(node) for node in keys["models"].items())
+        keys["trajectory"].fail(f"it belongs to merge_method: average; {method} takes models:")
+    known = [*MERGERS[method].own] if method in MERGERS else ["weight"]
+    entries = tuple(_parse_entry(node, known) for node in keys["models"].items())
     if not entries:
         keys["models"].fail("no model is listed")
     return entries
 
 
-def _parse_entry(node: Node) -> ModelEntry:
+def _parse_entry(node: Node, known: Sequence[str]) -> ModelEntry:
     fields = node.mapping(("model", "parameters"))
     if "model" not in fields:
         node.fail("model is missing")
-    parameters = _parse_parameters(fields.get("parameters"), ("weight",))
+    parameters = _parse_parameters(fields.get("parameters"), known)
     return ModelEntry(model=parse_model(fields["model"]), parameters=parameters)
+
+
+def _parse_shared(root: Node, keys: dict[str, Node], method: str) -> dict[str, Parameter]:
+    merger = MERGERS.get(method)
+    known = (*merger.shared, *merger.own) if merger else PARAMETERS
+    found = _parse_parameters(keys.get("parameters"), known)
+    for name in merger.shared if merger else ():
+        if merger and merger.shared[name] is None and name not in found:
+            keys.get("parameters", root).fail(f"{name} is missing")
+    return found
 
 
 def _parse_parameters(node: Node | None, known: Sequence[str]) -> dict[str, Parameter]:
     if node is None or node.value is None:
         return {}
+    if not known and node.value:
+        node.fail("this merge_method takes no parameters here")
     return {key: parse_parameter(value) for key, value in node.mapping(known).items()}
 
 

@@ -6,9 +6,10 @@ group and takes the same path.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ START_TIMEOUT = timedelta(minutes=5)
 
 POLL = 0.5
 """Seconds between two looks at whether another rank has failed, while waiting for a thread."""
+
+_MESSAGE = 256 * 2**20
+"""Bytes of the largest message."""
 
 _NEVER_SENT = 1
 """A tag of messages; all that are sent have tag 0."""
@@ -111,13 +115,39 @@ class World:
 
     def send(self, data: torch.Tensor, rank: int) -> None:
         """Send bytes (uint8, contiguous) to `rank`; blocks until it takes them."""
-        with self._connected(rank), self.monitor.sending():
+        with self._connected(rank), self.monitor.excused():
             torch_dist.send(data, rank, group=self.group)
 
     def receive(self, data: torch.Tensor, rank: int) -> None:
         """Fill `data` (uint8, contiguous) with the next bytes that `rank` sends to this one."""
         with self._connected(rank):
             torch_dist.recv(data, rank, group=self.group)
+
+    def pass_on(
+        self, tensors: Sequence[torch.Tensor], source: int, target: int
+    ) -> list[torch.Tensor]:
+        """The tensors of rank `source` on rank `target`, on the CPU; nothing on the others."""
+        if self.rank == target == source:
+            return list(tensors)
+        if self.rank == source:
+            for data in _packed(tensors):
+                self.send(data, target)
+        return _unpacked(lambda data: self.receive(data, source)) if self.rank == target else []
+
+    def share(self, tensors: Sequence[torch.Tensor], source: int) -> list[torch.Tensor]:
+        """The tensors of rank `source` on every rank, on the CPU but for itself."""
+        if self.size == 1:
+            return list(tensors)
+
+        def broadcast(data: torch.Tensor) -> None:
+            with self._connected(source), self.monitor.excused():
+                torch_dist.broadcast(data, source, group=self.group)
+
+        if self.rank != source:
+            return _unpacked(broadcast)
+        for data in _packed(tensors):
+            broadcast(data)
+        return list(tensors)
 
     def _phase(self, phase: str, work: Callable[[], T], *, share: bool) -> tuple[T, list[_Outcome]]:
         LOGGER.debug("%s", phase)
@@ -194,6 +224,28 @@ class World:
         """Rank 0 prints the cause, or rank 1 where rank 0 may be dead."""
         reported = self.rank > (1 if cause.rank == 0 else 0)
         return PeerError(cause.message, exit_code=cause.exit_code, reported=reported)
+
+
+def _packed(tensors: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Bytes that say what `tensors` are, then theirs, in messages that any transport takes."""
+    head = json.dumps([(str(x.dtype).removeprefix("torch."), x.shape) for x in tensors]).encode()
+    yield torch.tensor([len(head)]).view(torch.uint8)
+    yield torch.frombuffer(bytearray(head), dtype=torch.uint8)
+    for x in tensors:
+        yield from torch.split(x.detach().cpu().contiguous().view(-1).view(torch.uint8), _MESSAGE)
+
+
+def _unpacked(receive: Callable[[torch.Tensor], None]) -> list[torch.Tensor]:
+    length = torch.empty(8, dtype=torch.uint8)
+    receive(length)
+    head = torch.empty(int(length.view(torch.int64)), dtype=torch.uint8)
+    receive(head)
+    found = []
+    for dtype, shape in json.loads(head.numpy().tobytes()):
+        found.append(torch.empty(shape, dtype=getattr(torch, dtype)))
+        for part in torch.split(found[-1].view(-1).view(torch.uint8), _MESSAGE):
+            receive(part)
+    return found
 
 
 def _without_os_errors(work: Callable[[], T]) -> T:

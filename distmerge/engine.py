@@ -18,7 +18,7 @@ from distmerge.errors import MismatchError, NonFiniteError, RunError
 from distmerge.methods.average import Terms, count_nonfinite, weighted_sums
 from distmerge.planner import Plan, output_terms
 from distmerge.sources.reader import Inputs
-from distmerge.spec import BLOCK_ELEMENTS, PAGE, Rule
+from distmerge.spec import BLOCK_ELEMENTS, PAGE, OutputTensor, Rule
 from distmerge.stream import Slot, Step, Stream, input_dtypes, nonfinite_input, typed
 from distmerge.threads import Threads
 
@@ -35,13 +35,20 @@ class Sink(Protocol):
 class Outcome:
     """What a rank did: bytes in and out, and values that were not finite (if allowed)."""
 
-    read_bytes: int
-    written_bytes: int
-    nonfinite: int
+    read_bytes: int = 0
+    written_bytes: int = 0
+    nonfinite: int = 0
+
+    def __add__(self, other: Outcome) -> Outcome:
+        return Outcome(
+            read_bytes=self.read_bytes + other.read_bytes,
+            written_bytes=self.written_bytes + other.written_bytes,
+            nonfinite=self.nonfinite + other.nonfinite,
+        )
 
 
 class Engine:
-    """Runs the jobs of one rank. The budget is in `elements`, see planner.step_elements."""
+    """Runs the jobs of one rank. The budget is in `elements`, see budget.step_elements."""
 
     def __init__(
         self,
@@ -150,12 +157,14 @@ class Engine:
                 raise nonfinite_input(self._plan, step, place, count, remedy=remedy)
         for number, count in over.items():
             if count:
-                raise self._overflow(step, number, count)
+                raise overflow(self._plan, step.tensor, number, count)
 
-    def _overflow(self, step: Step, number: int, count: int) -> NonFiniteError:
-        name = self._plan.outputs[number].name
-        what = f"{name}, {step.tensor.name}" if name else step.tensor.name
-        return NonFiniteError(
-            f"{what}: {count} values overflow {step.tensor.dtype.torch_name}; "
-            "set a wider out_dtype, or pass --allow-nonfinite"
-        )
+
+def overflow(plan: Plan, tensor: OutputTensor, output: int, count: int) -> NonFiniteError:
+    """The error for `count` values of an output that its dtype can't hold."""
+    name = plan.outputs[output].name
+    what = f"{name}, {tensor.name}" if name else tensor.name
+    return NonFiniteError(
+        f"{what}: {count} values overflow {tensor.dtype.torch_name}; "
+        "set a wider out_dtype, or pass --allow-nonfinite"
+    )

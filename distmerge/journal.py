@@ -109,11 +109,16 @@ def sound_records(
 
 def _sound_ranges(file: int, records: Iterable[Record]) -> Iterator[Record]:
     for record in (r for r in records if r.checksum.startswith("crc:")):
-        crc = 0
-        for data in _read(file, record.offset, record.stop):
-            crc = zlib.crc32(data, crc)
-        if record.checksum == f"crc:{crc:08x}":
+        if record.checksum == crc_of(file, record.offset, record.stop):
             yield record
+
+
+def crc_of(file: int, start: int, stop: int) -> str:
+    """The checksum of bytes start..stop of a file."""
+    crc = 0
+    for data in _read(file, start, stop):
+        crc = zlib.crc32(data, crc)
+    return f"crc:{crc:08x}"
 
 
 def _sound_start(file: int, records: Iterable[Record]) -> list[Record]:

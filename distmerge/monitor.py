@@ -66,7 +66,7 @@ class Monitor(threading.Thread):
         self._store, self._rank, self._size = store, rank, size
         self._done = 0
         self._progress: Progress | None = None
-        self._sending = 0
+        self._excused = 0
         self._watch: _Watch | None = None
         self._stopped = threading.Event()
         now = time.monotonic()
@@ -93,13 +93,13 @@ class Monitor(threading.Thread):
             self._progress = self._watch = None
 
     @contextmanager
-    def sending(self) -> Iterator[None]:
-        """Another rank takes its time: this one can't be blamed."""
-        self._sending += 1
+    def excused(self) -> Iterator[None]:
+        """Another rank takes its time, or this one computes: no disk can be blamed."""
+        self._excused += 1
         try:
             yield
         finally:
-            self._sending -= 1
+            self._excused -= 1
 
     def fail(self, cause: Cause) -> None:
         """Tell all ranks of a failure. What the first rank tells is the cause for all."""
@@ -145,13 +145,13 @@ class Monitor(threading.Thread):
             except RuntimeError:
                 self._lose_store()
             except futures.TimeoutError:
-                self.cause = self.cause or _silence_of(0)
+                self.cause = self.cause or self._silence_of(0)
             self._look_for_stall()
             if self.cause:
                 self._end_if_stuck()
 
     def _exchange(self, count: int) -> None:
-        self._store.set(f"pulse/{self._rank}", f"{count} {self._done}")
+        self._store.set(f"pulse/{self._rank}", f"{count} {self._done} {socket.gethostname()}")
         self._read_peers()
 
     def _read_peers(self) -> None:
@@ -164,9 +164,19 @@ class Monitor(threading.Thread):
             self._pulses[peer] = (pulse, since if pulse == before else now)
             total += int(pulse.split()[1]) if pulse else 0
             if pulse == before and now - since > SILENCE:
-                self.fail(_silence_of(peer))
+                self.fail(self._silence_of(peer))
         if self._progress and not self._stopped.is_set():
             self._progress.show(total)
+
+    def _silence_of(self, rank: int) -> Cause:
+        pulse, _ = self._pulses.get(rank, (b"", 0.0))
+        where = f" on {pulse.split()[2].decode()}" if pulse else ""
+        return Cause(
+            rank,
+            f"rank {rank}{where} has given no sign of life for {SILENCE:.0f} s; "
+            "is its host cut off, or was it killed?",
+            1,
+        )
 
     def _lose_store(self) -> None:
         """The store lives in the first rank: without it for long, that rank is gone."""
@@ -180,7 +190,7 @@ class Monitor(threading.Thread):
         if watch is None or self.cause:
             return
         now = time.monotonic()
-        if watch.done != self._done or self._sending:
+        if watch.done != self._done or self._excused:
             watch.done, watch.since = self._done, now
         elif now - watch.since > watch.timeout:
             where = "" if self._size == 1 else f"rank {self._rank} on {socket.gethostname()}, "
@@ -203,8 +213,3 @@ class Monitor(threading.Thread):
         logging.shutdown()
         sys.stderr.flush()
         os._exit(self.cause.exit_code)
-
-
-def _silence_of(rank: int) -> Cause:
-    message = f"rank {rank} has given no sign of life for {SILENCE:.0f} s; was it killed?"
-    return Cause(rank, message, 1)

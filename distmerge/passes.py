@@ -6,6 +6,7 @@ merge: every tensor of every output, on the disk.
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import socket
 import time
@@ -16,16 +17,21 @@ from dataclasses import dataclass
 import torch
 
 from distmerge import output
-from distmerge.assembly import AssembleMode, Assembly, GatherSink, all_steps, assembly, who_sees
+from distmerge.assembly import AssembleMode, Assembly, GatherSink, assembly, messages, who_sees
+from distmerge.assignment import assign, assign_trend
 from distmerge.attempt import Attempt
+from distmerge.budget import Budget, budget, default_memory, over_budget
 from distmerge.dist import World
 from distmerge.document import Plain
-from distmerge.engine import Engine, Outcome
+from distmerge.engine import Outcome
 from distmerge.gram import Gram
+from distmerge.jobs import Handling, run_jobs
 from distmerge.journal import Journal, finished_jobs, read_journals, sound_records
 from distmerge.log import LOGGER, Progress, format_bytes, parse_bytes
-from distmerge.planner import DEFAULT_MEMORY, Plan, assign, assign_trend, step_elements
+from distmerge.planner import Plan
+from distmerge.shared import run_shared, vouch
 from distmerge.sources.reader import Inputs, ReadMode
+from distmerge.spectra import Numbers, Spectra, ordered, read_spectra
 from distmerge.statistic import GramPass, Snapshots, Sums, read_snapshots, total
 from distmerge.storage import free_memory
 from distmerge.stream import single_threaded
@@ -37,9 +43,10 @@ MEMORY_SHARE = 0.5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Means:
-    """What the passes work with; see pipeline.Options. `shown` is for progress."""
+    """What the passes work with; see pipeline.Options and jobs.Handling. `shown` is for progress."""
 
     device: torch.device
+    solver: torch.device
     memory: str | None
     read: ReadMode
     assemble: AssembleMode
@@ -52,7 +59,8 @@ class Means:
 class Done:
     """What a pass did: bytes of all ranks, counts as in engine.Outcome, wall time.
 
-    `shards` describes the files of the plan, in order, as the manifest lists them.
+    `shards` describes the files of the plan, in order, as the manifest lists them; `spectra` the
+    matrices that were calibrated.
     """
 
     read_bytes: int
@@ -60,6 +68,7 @@ class Done:
     written_bytes: int = 0
     nonfinite: int = 0
     shards: tuple[Plain, ...] = ()
+    spectra: tuple[Numbers, ...] = ()
 
 
 NOTHING = Done(read_bytes=0, seconds=0.0)
@@ -68,7 +77,7 @@ NOTHING = Done(read_bytes=0, seconds=0.0)
 def statistic_pass(world: World, plan: Plan, means: Means, attempt: Attempt) -> tuple[Gram, Done]:
     """The Gram matrices of the checkpoints, on every rank: the same to the bit at any number."""
     started = time.monotonic()
-    elements = _agreed_elements(world, plan, means.memory)
+    elements = _agreed_budget(world, plan, means.memory).elements
     known = world.on_first("look for sums", lambda: read_snapshots(attempt.state))
     done = {job for part in known for job in part.jobs}
     jobs = assign_trend(plan, world.size, done)[world.rank]
@@ -90,10 +99,11 @@ def statistic_pass(world: World, plan: Plan, means: Means, attempt: Attempt) -> 
 def merge_pass(world: World, plan: Plan, means: Means, attempt: Attempt) -> Done:
     """Every tensor of every output in the attempt's folder, written, synced and hashed."""
     started = time.monotonic()
-    elements = _agreed_elements(world, plan, means.memory)
-    seen = who_sees(world, attempt.folder, means.assemble)
+    allowed = _agreed_budget(world, plan, means.memory)
+    seen = who_sees(world, attempt, means.assemble)
     finished = _finished(world, plan, attempt, seen)
-    assignment = assign(plan, world.size, finished)
+    shared = [n for n in over_budget(plan, allowed) if n not in finished]
+    assignment = assign(plan, world.size, {*finished, *shared})
     where = assembly(plan, assignment, seen, means.assemble)
     own = where.owned_by(world.rank)
     with ExitStack() as stack:
@@ -102,10 +112,12 @@ def merge_pass(world: World, plan: Plan, means: Means, attempt: Attempt) -> Done
             None if name is None else stack.enter_context(closing(Journal(attempt.state, name)))
         )
         writer = stack.enter_context(closing(ShardWriter(attempt.folder, plan.files, journal)))
+        spectra = Spectra(attempt.state, name)
+        how = Handling(allowed, means.device, means.solver, means.allow_nonfinite, spectra)
         world.together("create the shards", lambda: create_shards(attempt.folder, plan.files, own))
-        outcomes = world.gather(
-            "merge",
-            lambda: _run_jobs(world, plan, means, (where, assignment, elements), writer),
+        outcomes = _merge_large(world, plan, means, (shared, where), writer, how)
+        outcomes += world.gather(
+            "merge", lambda: _run_jobs(world, plan, means, (where, assignment), writer, how)
         )
         world.together("sync the shards", writer.sync)
         digests = world.gather("check the shards", lambda: writer.digests(own))
@@ -118,7 +130,42 @@ def merge_pass(world: World, plan: Plan, means: Means, attempt: Attempt) -> Done
         shards=tuple(
             output.described(found[number], file.size) for number, file in enumerate(plan.files)
         ),
+        spectra=_collected(world, plan, attempt, spectra),
     )
+
+
+def _merge_large(
+    world: World,
+    plan: Plan,
+    means: Means,
+    dealt: tuple[Sequence[int], Assembly],
+    writer: ShardWriter,
+    how: Handling,
+) -> list[Outcome]:
+    """The matrices that no rank can hold alone: all ranks do each of them together."""
+    jobs, where = dealt
+    if not jobs:
+        return []
+    owners = where.owners if where.gather else None
+
+    def work() -> Outcome:
+        moved = sum(plan.read_bytes(plan.jobs[n]) + plan.write_bytes(plan.jobs[n]) for n in jobs)
+        with _streaming(world, plan, means, "merge large matrices", moved) as inputs:
+            return run_shared(plan, jobs, inputs, writer, world, how, owners)
+
+    outcomes = world.gather("merge large matrices", work)
+    mine = where.owned_by(world.rank)
+    world.together("look at large matrices", lambda: vouch(plan, jobs, mine, writer))
+    return outcomes
+
+
+def _collected(
+    world: World, plan: Plan, attempt: Attempt, spectra: Spectra
+) -> tuple[Numbers, ...]:
+    """What became of every matrix, on the first rank: in this attempt, and in those before it."""
+    known = world.on_first("look for spectra", lambda: read_spectra(attempt.state))
+    found = world.gather("collect the spectra", lambda: spectra.found)
+    return tuple(ordered(plan, itertools.chain(known, *found)))
 
 
 def _own_name(world: World, attempt: Attempt) -> str | None:
@@ -143,16 +190,16 @@ def _finished(world: World, plan: Plan, attempt: Attempt, seen: Sequence[bool]) 
     return frozenset(finished)
 
 
-def _agreed_elements(world: World, plan: Plan, memory: str | None) -> int:
-    """How much of a job every rank holds at once: the same everywhere, for the tightest host."""
+def _agreed_budget(world: World, plan: Plan, memory: str | None) -> Budget:
+    """How much every rank holds at once: the same everywhere, for the tightest host."""
     hosts = world.gather("look for memory", lambda: (socket.gethostname(), free_memory()))
 
-    def within_budget() -> int:
+    def within_budget() -> Budget:
         if memory is not None:
-            return step_elements(plan, parse_bytes(memory))
+            return budget(plan, parse_bytes(memory))
         names = [name for name, _ in hosts]
         budgets = [int(MEMORY_SHARE * free / names.count(name)) for name, free in hosts]
-        return step_elements(plan, min(DEFAULT_MEMORY, *budgets))
+        return budget(plan, default_memory(plan, min(budgets)))
 
     return world.together("look for memory", within_budget)
 
@@ -174,21 +221,20 @@ def _run_jobs(
     world: World,
     plan: Plan,
     means: Means,
-    dealt: tuple[Assembly, Sequence[Sequence[int]], int],
+    dealt: tuple[Assembly, Sequence[Sequence[int]]],
     writer: ShardWriter,
+    how: Handling,
 ) -> Outcome:
     """This rank's jobs of the merge pass."""
-    where, assignment, elements = dealt
-    engine = Engine(
-        plan, elements=elements, device=means.device, allow_nonfinite=means.allow_nonfinite
-    )
+    where, assignment = dealt
     jobs = [plan.jobs[number] for each in assignment for number in each]
     moved = sum(plan.read_bytes(job) + plan.write_bytes(job) for job in jobs)
+    mine = assignment[world.rank]
     with _streaming(world, plan, means, "merge", moved) as inputs:
         if not where.gather:
-            return engine.run(assignment[world.rank], inputs, writer, world)
-        theirs = all_steps(plan, assignment, elements)
-        with closing(GatherSink(world, plan, where.owners, writer, theirs)) as sink:
-            outcome = engine.run(assignment[world.rank], inputs, sink, world)
+            return run_jobs(plan, mine, inputs, writer, world, how)
+        theirs = [messages(plan, each, how.budget.elements) for each in assignment]
+        with closing(GatherSink(world, where.owners, writer, theirs)) as sink:
+            outcome = run_jobs(plan, mine, inputs, sink, world, how)
             sink.finish()
         return outcome

@@ -6,24 +6,21 @@ Nothing in a Plan depends on the number of ranks; only `assign`, which deals out
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_left
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import NamedTuple
 
 from distmerge import collector
 from distmerge.config import Config
-from distmerge.errors import OutputError
 from distmerge.layout import index_json, lay_out
-from distmerge.log import format_bytes
+from distmerge.matrices import Matrix, flops, matrices
+from distmerge.matrices import jobs as jobs_of
 from distmerge.rules import contents, nonzero, sum_rule
 from distmerge.sources.checkpoint import Checkpoint
 from distmerge.sources.resolve import Sources
 from distmerge.spec import (
-    BLOCK_ELEMENTS,
+    ELEMENTWISE,
     JOB_ELEMENTS,
-    PAGE,
     Job,
     OutputShard,
     OutputTensor,
@@ -34,11 +31,11 @@ from distmerge.sweep import Recipe
 FORMAT = 1
 """Goes up whenever the same recipe and inputs would give other bytes."""
 
-DEFAULT_MEMORY = 512 * 10**6
-"""Bytes of buffers that a rank takes at most by itself; more makes nothing faster."""
+BYTE_OF_FLOPS = 40.0
+"""Floating-point operations that take as long as moving a byte, on a core or on a GPU, roughly."""
 
-SLOTS = 3
-"""Jobs of one rank that are under way at once: one read, one computed, one written."""
+BYTES_OF_TASKS = 4.0
+"""How much longer than adding it up a byte takes in a method that merges task vectors."""
 
 
 class Output(NamedTuple):
@@ -109,6 +106,26 @@ class Plan:
             n for n, job in enumerate(self.jobs) if self.tensors[job.tensor].rule.kind == "trend"
         ]
 
+    def on_tasks(self, job: Job) -> bool:
+        """Whether a job merges task vectors."""
+        return self.tensors[job.tensor].rule.kind == "tasks"
+
+    def matrices(self, job: Job) -> list[Matrix]:
+        """The matrices of a job, none where its method looks at elements."""
+        tensor = self.tensors[job.tensor]
+        cut = tensor.rule.cut
+        return [] if cut is None else matrices(tensor.shape, cut, job.start, job.stop)
+
+    def cost(self, job: Job) -> float:
+        """What a job takes, in bytes moved."""
+        rule = self.tensors[job.tensor].rule
+        moved = (job.stop - job.start) * self.widths[job.tensor]
+        if rule.kind != "tasks":
+            return moved
+        methods = len({task.base for task in rule.tasks})
+        found = sum(flops(matrix, len(rule.inputs) - 1) for matrix in self.matrices(job))
+        return moved * (1.0 if found else BYTES_OF_TASKS) + methods * found / BYTE_OF_FLOPS
+
     def read_bytes(self, job: Job) -> int:
         """Bytes of all inputs that `job` reads."""
         return (job.stop - job.start) * self.widths[job.tensor] - self.write_bytes(job)
@@ -169,6 +186,11 @@ def _widths(
 
 def _cut(tensors: Sequence[OutputTensor]) -> Iterator[Job]:
     for number, tensor in enumerate(tensors):
+        if tensor.rule.kind == "tasks" and tensor.elements:
+            # A threshold or a norm is that of the whole tensor.
+            cut = tensor.rule.cut if tensor.rule.tasks[0].method not in ELEMENTWISE else None
+            yield from (Job(number, start, stop) for start, stop in jobs_of(tensor.shape, cut))
+            continue
         for start in range(0, tensor.elements, JOB_ELEMENTS):
             yield Job(number, start, min(start + JOB_ELEMENTS, tensor.elements))
 
@@ -206,6 +228,8 @@ def _merging(config: Config) -> str:
 
 def _described(rule: Rule, output: int, place: Mapping[int, int]) -> str:
     """The rule of one output, with its inputs as that output's recipe counts them."""
+    if rule.kind == "tasks":
+        return f"tasks {rule.inputs} {rule.tasks[output]} {rule.cut}"
     if rule.kind != "sum":
         return f"{rule.kind} {tuple(place[i] for i in rule.inputs if i in place)}"
     terms = output_terms(rule, output)
@@ -221,64 +245,3 @@ def output_terms(rule: Rule, output: int) -> dict[int, float]:
 def _joint_digest(outputs: Sequence[Output]) -> str:
     lines = "".join(f"{output.name} {output.digest}\n" for output in outputs)
     return hashlib.sha256(f"distmerge {FORMAT} outputs\n{lines}".encode()).hexdigest()
-
-
-def assign(plan: Plan, ranks: int, done: Container[int] = ()) -> list[list[int]]:
-    """The jobs of each rank, without those `done`: contiguous stretches of the outputs with equal
-    cost in bytes.
-
-    Contiguous, because a rank then reads and writes sequentially and mostly in shards of its own;
-    balanced to within one job, because jobs are small beside a rank's share.
-    """
-    jobs = [number for number in range(len(plan.jobs)) if number not in done]
-    sizes = [(plan.jobs[n].stop - plan.jobs[n].start, plan.jobs[n].tensor) for n in jobs]
-    return _dealt(jobs, [elements * plan.widths[tensor] for elements, tensor in sizes], ranks)
-
-
-def assign_trend(plan: Plan, ranks: int, done: Container[int] = ()) -> list[list[int]]:
-    """The jobs of each rank in the statistic pass, with equal bytes to read."""
-    jobs = [number for number in plan.trend_jobs if number not in done]
-    return _dealt(jobs, [plan.read_bytes(plan.jobs[number]) for number in jobs], ranks)
-
-
-def _dealt(jobs: Sequence[int], costs: Sequence[int], parts: int) -> list[list[int]]:
-    """`jobs` cut into contiguous parts of nearly equal cost."""
-    ends = list(accumulate(costs))
-    total = ends[-1] if ends else 0
-    bounds = [0]
-    for part in range(1, parts):
-        bounds.append(_nearest(ends, total * part / parts, bounds[-1]))
-    return [list(jobs[a:b]) for a, b in zip(bounds, [*bounds[1:], len(jobs)], strict=True)]
-
-
-def _nearest(ends: Sequence[int], target: float, start: int) -> int:
-    """The number of jobs, at least `start`, whose total cost comes nearest to `target`."""
-    index = bisect_left(ends, target, lo=start)
-    if index == len(ends):
-        return index
-    before = ends[index - 1] if index else 0
-    return index if target - before <= ends[index] - target else index + 1
-
-
-def step_elements(plan: Plan, budget_bytes: int) -> int:
-    """How many elements of a job a rank holds at once: a whole number of blocks within the budget.
-
-    Raises OutputError where the budget does not hold a single block of every input.
-    """
-    width = max(plan.widths, default=1)
-    buffers = len(plan.outputs) + max((len(t.rule.inputs) for t in plan.tensors), default=0)
-    slack = 2 * PAGE * buffers
-    blocks = (budget_bytes // SLOTS - slack) // (width * BLOCK_ELEMENTS)
-    if blocks < 1:
-        least = SLOTS * (width * BLOCK_ELEMENTS + slack)
-        raise OutputError(
-            f"--memory {format_bytes(budget_bytes)} is too little for this recipe; "
-            f"it needs at least {-(-least // 10**6)}MB"
-        )
-    return min(blocks * BLOCK_ELEMENTS, JOB_ELEMENTS)
-
-
-def buffer_bytes(plan: Plan, elements: int) -> int:
-    """Memory of one rank's buffers when it holds `elements` of a job at once."""
-    width = max(plan.widths, default=1)
-    return SLOTS * width * elements

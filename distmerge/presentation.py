@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
+from distmerge.assignment import assign
+from distmerge.budget import budget, buffer_bytes, default_memory
 from distmerge.document import Plain
 from distmerge.log import format_bytes, parse_bytes
 from distmerge.pipeline import MergeResult
-from distmerge.planner import DEFAULT_MEMORY, Plan, assign, buffer_bytes, step_elements
+from distmerge.planner import Plan
+from distmerge.publishing.publish import Published
 from distmerge.verification.verify import Verification
 
 SHOWN = 12
@@ -39,7 +43,17 @@ def summary(result: MergeResult) -> str:
         lines += ["", scores_text(result.scores)]
     if result.report:
         lines.append(f"report: {result.report}")
+    if result.published:
+        lines.append(published_text(result.published))
     return "\n".join(lines)
+
+
+def published_text(found: Published) -> str:
+    """Where it is, and what it took."""
+    return (
+        f"published: {found.url}\n{_count(found.files, 'file')} in commit {found.commit}; "
+        f"{format_bytes(found.sent_bytes)} of weights sent"
+    )
 
 
 def verification_text(found: Verification) -> str:
@@ -85,7 +99,8 @@ def describe(plan: Plan, *, ranks: int, memory: str | None) -> Described:
 
     Raises OutputError where the budget is too small.
     """
-    elements = step_elements(plan, parse_bytes(memory) if memory else DEFAULT_MEMORY)
+    given = parse_bytes(memory) if memory else default_memory(plan, sys.maxsize)
+    allowed = budget(plan, given)
     rows = [_rank(plan, number, jobs) for number, jobs in enumerate(assign(plan, ranks))]
     costs = [row["read_bytes"] + row["write_bytes"] for row in rows]
     mean = sum(costs) / len(costs)
@@ -110,7 +125,7 @@ def describe(plan: Plan, *, ranks: int, memory: str | None) -> Described:
         "jobs": len(plan.jobs),
         "ranks": rows,
         "balance": max(costs) / mean if mean else 1.0,
-        "memory_bytes": buffer_bytes(plan, elements),
+        "memory_bytes": buffer_bytes(plan, allowed),
         "read_bytes": sum(row["read_bytes"] for row in rows),
         "statistic_bytes": sum(plan.read_bytes(plan.jobs[number]) for number in plan.trend_jobs),
         "write_bytes": plan.output_bytes,
@@ -129,7 +144,7 @@ def _rank(plan: Plan, number: int, jobs: Sequence[int]) -> Described:
 def _by_rule(plan: Plan) -> dict[str, int]:
     """How many tensors are summed, copied, or summed from fewer inputs than most."""
     widest = max((len(t.rule.inputs) for t in plan.tensors if t.rule.kind == "sum"), default=0)
-    counts = {"sum": 0, "sum of fewer inputs": 0, "trend": 0, "equal": 0, "copy": 0}
+    counts = dict.fromkeys(("sum", "sum of fewer inputs", "trend", "tasks", "equal", "copy"), 0)
     for tensor in plan.tensors:
         fewer = tensor.rule.kind == "sum" and len(tensor.rule.inputs) < widest
         counts["sum of fewer inputs" if fewer else tensor.rule.kind] += 1

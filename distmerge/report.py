@@ -28,6 +28,7 @@ from distmerge.trend import Setting, find_trends, setting
 FOLDER = "report"
 GRAM = "gram.safetensors"
 SCORES = "scores.json"
+SPECTRA = "spectra.json"
 NUMBERS = "report.json"
 PAGE = "report.html"
 BEST = "best"
@@ -69,6 +70,12 @@ def clear(out: Path) -> None:
     """Remove what a kill has left of files that were being replaced."""
     for path in [*out.glob(f".{BEST}.*"), *(out / FOLDER).glob(".*")]:
         path.unlink(missing_ok=True)
+
+
+def keep_spectra(folder: Path, spectra: Sequence[Numbers]) -> None:
+    """Write what became of every matrix into a complete output's report, if there is any."""
+    if spectra:
+        replace_text(_folder(folder) / SPECTRA, json.dumps(list(spectra), indent=0) + "\n")
 
 
 def keep_scores(out: Path, scores: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from distmerge.config import Config, Extrapolation
 from distmerge.document import Plain
+from distmerge.mergers import Calibration
 from distmerge.parameters import Parameter
 from distmerge.reference import ModelRef
 from distmerge.trajectory import Schedule, Trajectory
@@ -28,6 +29,8 @@ def as_recipe(config: Config, coefficients: Sequence[float]) -> dict[str, Plain]
             for entry in config.models
         ]
         recipe["parameters"] = _parameters(config.parameters)
+    if config.calibration is not None:
+        recipe["calibrate"] = _calibration(config.calibration)
     if config.base_model:
         recipe["base_model"] = _name(config.base_model)
     for key, value in (("dtype", config.dtype), ("out_dtype", config.out_dtype)):
@@ -66,6 +69,21 @@ def _extrapolation(extrapolation: Extrapolation) -> dict[str, Plain]:
         "direction": extrapolation.direction,
         "exclude": list(extrapolation.exclude),
     }
+
+
+def _calibration(calibration: Calibration) -> dict[str, Plain]:
+    recipe: dict[str, Plain] = {
+        "method": "svc",
+        "alpha": "auto" if calibration.alpha is None else calibration.alpha,
+        "exclude": list(calibration.exclude),
+    }
+    if calibration.include:
+        recipe["include"] = list(calibration.include)
+    if calibration.split:
+        recipe["split"] = {
+            pattern: list(rows) if len(rows) > 1 else rows[0] for pattern, rows in calibration.split
+        }
+    return recipe
 
 
 def _name(ref: ModelRef | str) -> str:

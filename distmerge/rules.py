@@ -10,11 +10,13 @@ from functools import partial
 from distmerge.config import Config
 from distmerge.errors import ConfigError, MismatchError
 from distmerge.layout import Content
+from distmerge.mergers import MERGERS
 from distmerge.parameters import Layers, Parameter, evaluate
 from distmerge.schedules import normalized
 from distmerge.sources.resolve import Row, Sources
 from distmerge.spec import FLOATS, DType, Rule, TensorSpec
 from distmerge.sweep import Recipe
+from distmerge.task_rules import TaskRules
 
 SHOWN = 10
 """Differences that an error lists; the rest is counted."""
@@ -31,6 +33,7 @@ def contents(recipe: Recipe, sources: Sources) -> list[Content]:
     """
     names = _names(sources)
     _check_patterns(recipe.shared, names)
+    on_tasks = TaskRules(recipe, sources, names) if recipe.shared.merge_method in MERGERS else None
     weigh = _weigher(recipe, sources, names)
     found: list[Content] = []
     problems: list[str] = []
@@ -44,7 +47,11 @@ def contents(recipe: Recipe, sources: Sources) -> list[Content]:
         if problem:
             problems.append(problem)
         else:
-            found.append(_content(recipe.shared, sources.donor, name, specs, rows, rules))
+            content = _content(recipe.shared, sources.donor, name, specs, rows, rules)
+            if on_tasks and content.dtype.kind == "float" and None not in specs:
+                rule = on_tasks.rule(name, sum_rule)
+                content = content._replace(rule=rules.setdefault(rule, rule))
+            found.append(content)
     if problems:
         raise MismatchError(_summary(problems, len(names)))
     if recipe.shared.extrapolation and all(content.rule.kind != "trend" for content in found):
@@ -83,7 +90,10 @@ def _names(sources: Sources) -> list[str]:
 def _weigher(
     recipe: Recipe, sources: Sources, names: Sequence[str]
 ) -> Callable[[str], tuple[Row, ...]]:
-    """The coefficients of every output for a tensor."""
+    """The coefficients of every output for a tensor; on task vectors all inputs count."""
+    if recipe.shared.merge_method in MERGERS:
+        all_count: tuple[Row, ...] = ((1.0,) * len(sources.checkpoints),) * len(recipe.variants)
+        return lambda _: all_count
     if (rows := sources.rows) is not None:
         return lambda _: rows
     layers = Layers(names)

@@ -75,18 +75,60 @@ class TensorSpec(NamedTuple):
     nbytes: int
 
 
+ELEMENTWISE = ("ties", "dare_linear", "dare_ties")
+"""Methods that need a number of the whole tensor, but merge each element by itself."""
+
+
+class Task(NamedTuple):
+    """How one output merges the task vectors tau_i = inputs[i] - inputs[0] of a tensor.
+
+    `method` is that of the recipe; `scale` (lambda) multiplies what it makes of them. `share` is
+    the eta of star, the common share of iso_cts. With `alpha`, SVC calibrates the result.
+    """
+
+    method: str
+    weights: tuple[float, ...]
+    densities: tuple[float, ...]
+    normalize: bool
+    rescale: bool
+    seed: int
+    share: float
+    scale: float
+    alpha: float | None
+
+    @property
+    def base(self) -> Task:
+        """What is merged before it is scaled and calibrated."""
+        return self._replace(scale=1.0, alpha=None)
+
+
+class Cut(NamedTuple):
+    """How a tensor falls into matrices.
+
+    `transposed`: it is stored as (inputs, outputs). `parts`: how many outputs each part of a fused
+    weight has; a single one where nothing is fused.
+    """
+
+    transposed: bool
+    parts: tuple[int, ...]
+
+
 class Rule(NamedTuple):
     """How a tensor comes from the inputs, in every output of the run.
 
     sum: output k is the sum of coefficients[k][i] * inputs[i], without the inputs whose
     coefficient is zero; trend: a sum whose coefficients the statistic pass has still to find;
-    equal: the bytes of inputs[0], which all the others must share; copy: the bytes of inputs[0].
+    tasks: inputs[0] plus what tasks[k] makes of the others' task vectors, matrix by matrix where
+    there is a `cut`; equal: the bytes of inputs[0], which all the others must share; copy: the
+    bytes of inputs[0].
     `inputs` are positions in Plan.inputs, in ascending order for sums.
     """
 
-    kind: Literal["sum", "trend", "equal", "copy"]
+    kind: Literal["sum", "trend", "tasks", "equal", "copy"]
     inputs: tuple[int, ...]
     coefficients: tuple[tuple[float, ...], ...] = ()
+    tasks: tuple[Task, ...] = ()
+    cut: Cut | None = None
 
 
 class OutputTensor(NamedTuple):
@@ -110,7 +152,8 @@ class OutputShard(NamedTuple):
 
 
 class Job(NamedTuple):
-    """Elements start..stop of one tensor (a position in Plan.tensors), for every output."""
+    """Elements start..stop of one tensor (a position in Plan.tensors), for every output; of a
+    tensor that falls into matrices, whole ones."""
 
     tensor: int
     start: int

@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 import torch
 
+from distmerge.budget import SLOTS
 from distmerge.dist import World
 from distmerge.errors import NonFiniteError
-from distmerge.planner import SLOTS, Plan
+from distmerge.planner import Plan
 from distmerge.sources.reader import ByteReader, Inputs
 from distmerge.spec import PAGE, DType, Job, OutputTensor
 from distmerge.storage import aligned_buffer
@@ -83,7 +84,7 @@ def single_threaded() -> Iterator[None]:
 
 
 class Stream:
-    """Reads ahead for one pass over the inputs. For `elements` see planner.step_elements.
+    """Reads ahead for one pass over the inputs. For `elements` see budget.step_elements.
 
     `writes` says that the pass needs buffers for its outputs; `pinned` that it copies to a GPU.
     """

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from distmerge.config import Config, Extrapolation, ModelEntry, parse_config
 from distmerge.document import Node, Plain, dotted, load, replaced
 from distmerge.errors import ConfigError
+from distmerge.publication import Publication, parse_publication
 from distmerge.reference import ModelRef
 from distmerge.selection import Selection, parse_selection
 from distmerge.trajectory import Trajectory
@@ -41,13 +42,14 @@ class Variant(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """All outputs of one run, in order, and how one of them is chosen.
+    """All outputs of one run, in order, how one of them is chosen, and where it is published.
 
     `inputs` are the checkpoints of all trajectories in ascending order, once they are selected.
     """
 
     variants: tuple[Variant, ...]
     selection: Selection | None = None
+    publication: Publication | None = None
     inputs: tuple[ModelRef, ...] = ()
 
     @property
@@ -82,7 +84,25 @@ def load_recipe(
     if selection is not None and len(variants) < 2:
         selection.fail("there is nothing to choose among; add a sweep:")
     chosen = None if selection is None else parse_selection(selection)
-    return Recipe(variants=variants, selection=chosen)
+    return Recipe(
+        variants=variants,
+        selection=chosen,
+        publication=_publication(root, found, len(variants), chosen),
+    )
+
+
+def _publication(
+    root: Node, found: dict[str, Plain], outputs: int, selection: Selection | None
+) -> Publication | None:
+    if found.get("publish") is None:
+        return None
+    node = _child(root, "publish")
+    publication = parse_publication(node)
+    if outputs > 1 and selection is None:
+        node.fail(f"which of the {outputs} outputs? select: chooses one")
+    if outputs > 1 and publication.stream:
+        _child(node, "stream").fail(f"which of the {outputs} outputs it will be, the end shows")
+    return publication
 
 
 def _child(node: Node, key: str) -> Node:
@@ -96,7 +116,7 @@ def _sweep(root: Node, found: dict[str, Plain]) -> list[_Axis]:
     axes = [_axis(key, node) for key, node in _lists(_child(root, "sweep"), "")]
     for axis in axes:
         # Keys name folders too, and --lenient lets any key pass.
-        forbidden = axis.key.split(".")[0] in ("sweep", "select", "merge_method")
+        forbidden = axis.key.split(".")[0] in ("sweep", "select", "publish", "merge_method")
         if forbidden or not _WORD.fullmatch(axis.key):
             axis.node.fail("this key can't be swept")
     return axes
@@ -246,10 +266,12 @@ def _skeleton(config: Config) -> Config:
     extrapolation = config.extrapolation and Extrapolation(
         step=0.0, exclude=config.extrapolation.exclude
     )
+    calibration = config.calibration and replace(config.calibration, alpha=None)
     return replace(
         config,
         trajectory=trajectory,
         extrapolation=extrapolation,
+        calibration=calibration,
         models=tuple(ModelEntry(model=entry.model) for entry in config.models),
         parameters={},
     )

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from distmerge.errors import OutputError, RunError
-from distmerge.journal import Journal, Record, crc_checksum, sha_checksum
+from distmerge.journal import Journal, Record, crc_checksum, crc_of, sha_checksum
 from distmerge.spec import PAGE, OutputShard
 from distmerge.storage import aligned_buffer, is_local, memory_view, open_direct
 
@@ -57,6 +57,16 @@ class _Shard:
             _write_all(self._direct, view[first - offset : last - offset], first)
             _write_all(self._file, view[last - offset :], last)
         return hashed.result()
+
+    def write_rows(self, offset: int, stride: int, rows: torch.Tensor) -> None:
+        if rows.shape[1] == stride:
+            rows = rows.reshape(1, -1)
+        for number, row in enumerate(rows):
+            _write_all(self._file, memory_view(row), offset + number * stride)
+
+    def checksum(self, offset: int, length: int) -> str:
+        """CRC-32 of a range, as the disk has it."""
+        return crc_of(self._file, offset, offset + length)
 
     def _follow(self, offset: int, view: memoryview) -> bytes | None:
         with self._lock:
@@ -116,6 +126,21 @@ class ShardWriter:
                 view = memory_view(data)
                 checksum = crc_checksum(view) if so_far is None else sha_checksum(so_far)
                 self._journal.add(Record(shard, offset, len(view), checksum))
+
+    def write_rows(self, shard: int, offset: int, stride: int, rows: torch.Tensor) -> None:
+        """Write `rows` (2-D, uint8), the first to `offset`, each next one `stride` bytes further.
+
+        They stand in no journal before `vouch`.
+        """
+        with self._staying_open():
+            self._shard(shard).write_rows(offset, stride, rows)
+
+    def vouch(self, shard: int, offset: int, length: int) -> None:
+        """Take down that all of a range is written: by whom, does not matter."""
+        if self._journal is not None:
+            with self._staying_open():
+                checksum = self._shard(shard).checksum(offset, length)
+            self._journal.add(Record(shard, offset, length, checksum))
 
     @contextmanager
     def _staying_open(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ from typing import cast
 
 from distmerge.document import Plain
 from distmerge.errors import SourceError
+from distmerge.matrices import Facts
 from distmerge.spec import FLOATS
 
 SIDECARS = (
@@ -110,6 +111,20 @@ def config_with_dtype(path: Path, dtype: str, *, everywhere: bool) -> bytes:
         return raw if changed == config else (json.dumps(changed, indent=2) + "\n").encode()
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{path}: not JSON ({error})") from error
+
+
+def model_facts(folder: Path) -> Facts:
+    """What config.json says of the model; nothing where there is none, or none that is sound: who
+    copies it complains."""
+    try:
+        config = json.loads(read_sidecar(folder, Path("config.json"), limit=MAX_CONFIG))
+    except (SourceError, ValueError, RecursionError):
+        return Facts()
+    parts = [config, config.get("text_config")] if isinstance(config, dict) else []
+    known = [part for part in parts if isinstance(part, dict)]
+    types = [part["model_type"] for part in known if isinstance(part.get("model_type"), str)]
+    sizes = [part["vocab_size"] for part in known if type(part.get("vocab_size")) is int]
+    return Facts(types[0] if types else "", sizes[0] if sizes else 0)
 
 
 def _cast_part(value: Plain, dtype: str) -> Plain:

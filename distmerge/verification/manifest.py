@@ -48,6 +48,7 @@ class Given(NamedTuple):
     label: str
     folder: Path
     fingerprint: str
+    commit: str | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,7 +138,13 @@ def _mapping(value: object) -> dict[str, Any]:
 
 
 def _given(entry: Mapping[str, object]) -> Given:
-    return Given(_text(entry["model"]), Path(_text(entry["folder"])), _text(entry["fingerprint"]))
+    commit = entry["commit"]
+    return Given(
+        _text(entry["model"]),
+        Path(_text(entry["folder"])),
+        _text(entry["fingerprint"]),
+        None if commit is None else _text(commit),
+    )
 
 
 def _files(listed: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, File]]:

@@ -59,7 +59,7 @@ def _opened(given: Given, twin: Checkpoint | None) -> Checkpoint | str:
     try:
         if not given.folder.is_dir():
             return f"there is no {given.folder} here"
-        found = open_checkpoint(given.folder, label=given.label, twin=twin)
+        found = open_checkpoint(given.folder, label=given.label, revision=given.commit, twin=twin)
     except (SourceError, OSError, ValueError) as error:
         return f"it can't be read any more ({error})"
     if found.fingerprint != given.fingerprint:

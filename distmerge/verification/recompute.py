@@ -13,14 +13,17 @@ from typing import NamedTuple
 
 import torch
 
+from distmerge.assignment import assign
+from distmerge.budget import Budget, budget, default_memory
 from distmerge.dist import World
-from distmerge.engine import Engine
 from distmerge.errors import ConfigError
+from distmerge.jobs import Handling, run_jobs
 from distmerge.log import Progress
 from distmerge.output import versions
-from distmerge.planner import DEFAULT_MEMORY, Plan, assign, step_elements
+from distmerge.planner import Plan
 from distmerge.sources.reader import ByteReader, Inputs, open_reader
 from distmerge.spec import BLOCK_ELEMENTS, DTYPES, PAGE, DType
+from distmerge.spectra import Spectra
 from distmerge.storage import aligned_buffer, free_memory
 from distmerge.stream import typed
 from distmerge.verification.manifest import Finding, Manifest, some
@@ -152,7 +155,7 @@ def merge_again(
     left_out = {n for n, job in enumerate(plan.jobs) if plan.tensors[job.tensor].name not in names}
     assignment = assign(plan, len(able), left_out)
     mine = assignment[able.index(world.rank)] if world.rank in able else []
-    elements = _elements(world, plan)
+    allowed = _budget(world, plan)
     moved = sum(
         plan.read_bytes(job) + plan.write_bytes(job)
         for number, job in enumerate(plan.jobs)
@@ -161,22 +164,23 @@ def merge_again(
 
     def work() -> dict[int, Difference]:
         # NaN in an input has its NaN in the output, which others tell.
-        engine = Engine(plan, elements=elements, device=torch.device("cpu"), allow_nonfinite=True)
+        cpu = torch.device("cpu")
+        how = Handling(allowed, cpu, cpu, True, Spectra(manifest.folder, None))
         with ExitStack() as stack:
             inputs = stack.enter_context(closing(Inputs(plan.inputs, "auto")))
             sink = stack.enter_context(closing(Comparison(manifest, plan)))
             progress = stack.enter_context(Progress("merge again", moved, shown=shown))
             stack.enter_context(world.monitor.showing(progress))
-            engine.run(mine, inputs, sink, world)
+            run_jobs(plan, mine, inputs, sink, world, how)
             return sink.found
 
     return some(_told(manifest, plan, world.gather("merge again", work)))
 
 
-def _elements(world: World, plan: Plan) -> int:
+def _budget(world: World, plan: Plan) -> Budget:
     hosts = world.gather("look for memory", socket.gethostname)
     free = int(MEMORY_SHARE * free_memory() / hosts.count(hosts[world.rank]))
-    return world.together("look for memory", lambda: step_elements(plan, min(DEFAULT_MEMORY, free)))
+    return world.together("look for memory", lambda: budget(plan, default_memory(plan, free)))
 
 
 def _told(

@@ -13,10 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import distmerge
+from distmerge.assignment import assign
+from distmerge.budget import buffer_bytes, step_elements
 from distmerge.config import Config
 from distmerge.errors import OutputError
 from distmerge.log import parse_bytes
-from distmerge.planner import Plan, assign, buffer_bytes, build_plan, step_elements
+from distmerge.matrices import Facts
+from distmerge.planner import Plan, build_plan
 from distmerge.sources.checkpoint import Checkpoint
 from distmerge.sources.resolve import Sources
 from distmerge.spec import BLOCK_ELEMENTS, DTYPES, JOB_ELEMENTS, TensorSpec
@@ -53,7 +56,9 @@ def planned(
         merge_method="average", trajectory=Trajectory(checkpoints=()), out_dtype=out_dtype
     )
     everyone = tuple(range(len(found)))
-    sources = Sources(checkpoints=found, donor=donor, inputs=(everyone,), rows=(weights,))
+    sources = Sources(
+        checkpoints=found, donor=donor, inputs=(everyone,), rows=(weights,), facts=Facts()
+    )
     recipe = Recipe(variants=(Variant("", {}, config),))
     return build_plan(recipe, sources, shard_bytes=shard_bytes)
 

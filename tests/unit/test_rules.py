@@ -14,6 +14,7 @@ import distmerge
 from distmerge.config import Config, Missing
 from distmerge.document import Plain
 from distmerge.errors import ConfigError, MismatchError
+from distmerge.matrices import Facts
 from distmerge.rules import contents
 from distmerge.sources.checkpoint import Checkpoint
 from distmerge.sources.resolve import Sources
@@ -209,7 +210,9 @@ def test_no_tensor_is_lost_and_every_sum_keeps_its_weight(
     donor = data.draw(st.integers(0, len(held) - 1))
     config = Config(merge_method="average", trajectory=Trajectory(checkpoints=()), missing=missing)
     everyone = tuple(range(len(opened)))
-    sources = Sources(checkpoints=opened, donor=donor, inputs=(everyone,), rows=(weights,))
+    sources = Sources(
+        checkpoints=opened, donor=donor, inputs=(everyone,), rows=(weights,), facts=Facts()
+    )
     recipe = Recipe(variants=(Variant("", {}, config),))
     everything = set.union(*held)
     try:

@@ -15,6 +15,7 @@ import distmerge
 from distmerge.document import Plain
 from distmerge.errors import ConfigError, SourceError
 from distmerge.schedules import select, step_of
+from distmerge.spec import Rule
 from distmerge.trajectory import Trajectory
 from tests.support.checkpoints import write_checkpoint
 from tests.unit.recipes import average, write_run
@@ -215,6 +216,6 @@ def test_the_base_model_of_a_trajectory_gives_the_config_and_no_weight(tmp_path:
     base = write_checkpoint(tmp_path / "base", {"a": torch.ones(2)})
     plan = distmerge.plan({**average(pattern), "base_model": str(base)})
     assert (plan.donor, len(plan.inputs)) == (2, 3)
-    assert plan.tensors[0].rule == ("sum", (0, 1), ((0.5, 0.5),))
+    assert plan.tensors[0].rule == Rule("sum", (0, 1), ((0.5, 0.5),))
     within = distmerge.plan({**average(pattern), "base_model": str(tmp_path / "step-1")})
     assert (within.donor, len(within.inputs)) == (0, 2)

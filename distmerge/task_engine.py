@@ -1,0 +1,224 @@
+"""The jobs on task vectors of one rank: each held in memory, or read again for every pass.
+
+Loader -> Elements or MatrixMerge -> Sink.write
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import closing
+from functools import cached_property
+from typing import TypeVar
+
+import torch
+
+from distmerge.budget import Budget, held_bytes
+from distmerge.dist import World
+from distmerge.engine import Outcome, Sink, overflow
+from distmerge.given import Filed, Given, Loader, Tensors, viewed
+from distmerge.log import LOGGER
+from distmerge.matrices import Matrix, alone
+from distmerge.merging import Elements, MatrixMerge, Panels
+from distmerge.methods.average import count_nonfinite
+from distmerge.methods.stages import Method, drive
+from distmerge.planner import Plan
+from distmerge.sources.reader import Inputs
+from distmerge.spec import PAGE, Job
+from distmerge.spectra import Spectra, described
+from distmerge.storage import aligned_buffer
+from distmerge.stream import Step, Stream, nonfinite_input, steps, typed
+from distmerge.threads import Threads
+
+T = TypeVar("T")
+
+
+class Alone:
+    """A merging.Driver for one rank."""
+
+    def __init__(self, world: World):
+        self._world = world
+
+    def drive(self, method: Method[T], count: int, panel: Panels) -> T:
+        def all_panels() -> Iterator[object]:
+            for number in range(count):
+                self._world.check()
+                yield panel(number)
+
+        return drive(method, all_panels)  # type: ignore[arg-type]
+
+    def whole(self, find: Callable[[], Tensors]) -> Tensors:
+        return find()
+
+
+class Outbox:
+    """Two buffers of results: one is written while the other is filled."""
+
+    def __init__(self, sink: Sink, world: World, *, pinned: bool = False):
+        self._sink, self._world, self._pinned = sink, world, pinned
+        self._thread = Threads(1, "write")
+        self._buffers = deque([torch.empty(0, dtype=torch.uint8)] * 2)
+        self._writes: deque[Future[None]] = deque()
+
+    def buffer(self, num_bytes: int, offset: int) -> torch.Tensor:
+        """Room for a result that goes to `offset` of its file, until `put` is called twice more."""
+        while len(self._writes) >= len(self._buffers):
+            self._world.wait(self._writes.popleft())
+        if self._buffers[0].numel() < num_bytes + PAGE:
+            self._buffers[0] = aligned_buffer(num_bytes + PAGE, pinned=self._pinned)
+        self._buffers.rotate(-1)
+        return self._buffers[-1][offset % PAGE :][:num_bytes]
+
+    def put(self, parts: Sequence[tuple[int, int, torch.Tensor]]) -> None:
+        """Write parts of the last buffer: file, offset and data."""
+        self._writes.append(self._thread.submit(self._write, parts))
+
+    def _write(self, parts: Sequence[tuple[int, int, torch.Tensor]]) -> None:
+        for file, offset, data in parts:
+            self._sink.write(file, offset, data)
+
+    def finish(self) -> None:
+        while self._writes:
+            self._world.wait(self._writes.popleft())
+
+    def close(self) -> None:
+        self._thread.close()
+
+
+class TaskEngine:
+    """Runs the jobs of one rank that merge task vectors."""
+
+    def __init__(
+        self, plan: Plan, *, budget: Budget, device: torch.device, allow_nonfinite: bool,
+        spectra: Spectra,
+    ):  # fmt: skip
+        self._plan, self._budget, self._device = plan, budget, device
+        self._allow_nonfinite, self._spectra = allow_nonfinite, spectra
+        self._pinned = device.type == "cuda"
+        self._nonfinite = self._written = 0
+        self._loader = Loader(plan, elements=budget.elements, device=device)
+
+    @cached_property
+    def _stream(self) -> Stream:
+        return Stream(self._plan, elements=self._budget.elements, pinned=self._pinned, writes=False)
+
+    def run(self, jobs: Sequence[int], inputs: Inputs, sink: Sink, world: World) -> Outcome:
+        """Read, merge and write every job, in order. Raises what goes wrong in any of the three."""
+        with closing(Outbox(sink, world, pinned=self._pinned)) as outbox:
+            for held, numbers in itertools.groupby(jobs, self._is_held):
+                if held:
+                    self._run_held(list(numbers), inputs, world, outbox)
+                else:
+                    for number in numbers:
+                        filed = Filed(self._plan, number, self._stream, inputs, world)
+                        self._merge(filed, world, outbox)
+            outbox.finish()
+        read = self._loader.read_bytes
+        if "_stream" in self.__dict__:
+            read += self._stream.read_bytes
+        return Outcome(read_bytes=read, written_bytes=self._written, nonfinite=self._nonfinite)
+
+    def _is_held(self, number: int) -> bool:
+        return held_bytes(self._plan, self._plan.jobs[number]) <= self._budget.memory
+
+    def _run_held(self, jobs: Sequence[int], inputs: Inputs, world: World, outbox: Outbox) -> None:
+        sizes = {n: self._plan.read_bytes(self._plan.jobs[n]) for n in jobs}
+        largest = max(held_bytes(self._plan, self._plan.jobs[n]) for n in jobs)
+        ahead = lambda number: largest + sizes[number] <= self._budget.memory  # noqa: E731
+        with closing(self._loader.run(jobs, inputs, world, ahead)) as loaded:
+            for held in loaded:
+                self._merge(held, world, outbox)
+
+    def _merge(self, given: Given, world: World, outbox: Outbox) -> None:
+        job = self._plan.jobs[given.number]
+        with world.monitor.excused():
+            if self._plan.matrices(job):
+                self._matrices(given, job, world, outbox)
+            else:
+                self._elements(given, world, outbox)
+        world.monitor.advance(self._plan.read_bytes(job) + self._plan.write_bytes(job))
+        self._written += self._plan.write_bytes(job)
+
+    def _elements(self, given: Given, world: World, outbox: Outbox) -> None:
+        elements = Elements(self._plan, given, Alone(world), self._device)
+        outputs = range(len(self._plan.outputs))
+        for step, inputs in given.steps():
+            apart = -(-step.output_bytes // PAGE) * PAGE + PAGE
+            room = outbox.buffer(len(outputs) * apart, 0)
+            parts = [room[n * apart + step.offset % PAGE :][: step.output_bytes] for n in outputs]
+            results = [typed(part, step.tensor.dtype) for part in parts]
+            sound = elements.results(step, inputs, results)
+            for number in (n for n in outputs if not sound[n]):
+                self._report_nonfinite(step, inputs, results[number], number)
+            files = [self._plan.file(n, step.tensor.shard) for n in outputs]
+            outbox.put([(f, step.offset, x) for f, x in zip(files, parts, strict=True)])
+
+    def _report_nonfinite(
+        self, step: Step, inputs: Tensors, result: torch.Tensor, output: int
+    ) -> None:
+        counts = [count_nonfinite(x) for x in inputs]
+        over = 0 if any(counts) else count_nonfinite(result)
+        self._nonfinite += (sum(counts) if output == 0 else 0) + over
+        if self._allow_nonfinite:
+            return
+        for place, count in enumerate(counts):
+            if count:
+                remedy = "pass --allow-nonfinite to go on all the same"
+                raise nonfinite_input(self._plan, step, place, count, remedy=remedy)
+        if over:
+            raise overflow(self._plan, step.tensor, output, over)
+
+    def _matrices(self, given: Given, job: Job, world: World, outbox: Outbox) -> None:
+        """Solve every matrix of the job, then write one output after the other."""
+        tensor = self._plan.tensors[job.tensor]
+        merges = self._solved(given, job, world)
+        self._spectra.add(described(self._plan, given.number, merges))
+        size = tensor.dtype.itemsize
+        for output in range(len(self._plan.outputs)):
+            offset = tensor.offset + job.start * size
+            out = outbox.buffer((job.stop - job.start) * size, offset)
+            result = typed(out, tensor.dtype)
+            for merge in merges:
+                target = viewed(result, merge.matrix, job.start)
+                for number, piece in enumerate(merge.pieces):
+                    world.check()
+                    part, count = merge.rounded(
+                        number, output, allow_nonfinite=self._allow_nonfinite
+                    )
+                    target[:, piece.top : piece.bottom, piece.left : piece.right] = part
+                    self._nonfinite += count
+            file = self._plan.file(output, tensor.shard)
+            parts = steps(self._plan, [given.number], self._budget.elements)
+            outbox.put(
+                [(file, s.offset, out[s.offset - offset :][: s.output_bytes]) for s in parts]
+            )
+
+    def _solved(self, given: Given, job: Job, world: World) -> list[MatrixMerge]:
+        elements = Elements(self._plan, given, Alone(world), self._device)
+        return [
+            merge
+            for matrix in self._plan.matrices(job)
+            for merge in self._with_room(given, matrix, elements, world)
+        ]
+
+    def _with_room(
+        self, given: Given, matrix: Matrix, elements: Elements, world: World
+    ) -> list[MatrixMerge]:
+        """The matrix, or its slices one by one, or on the CPU, if a GPU's memory is too small."""
+        cpu = torch.device("cpu")
+        ways = [(self._device, [matrix]), (self._device, alone(matrix)), (cpu, [matrix])]
+        for device, parts in ways if self._device.type == "cuda" else ways[:1]:
+            try:
+                if device != self._device:
+                    elements = Elements(self._plan, given, Alone(world), device)
+                return [
+                    MatrixMerge(self._plan, given, part, elements, Alone(world), device)
+                    for part in parts
+                ]
+            except torch.cuda.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                name = self._plan.tensors[self._plan.jobs[given.number].tensor].name
+                LOGGER.warning("%s: out of GPU memory; trying with less", name)
+        raise AssertionError("the CPU raises no such error")
