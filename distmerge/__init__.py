@@ -18,6 +18,7 @@ from distmerge.errors import (
 from distmerge.inspection import Inspection, inspect
 from distmerge.pipeline import MergeResult, Options, merge, plan, report, select
 from distmerge.planner import Plan
+from distmerge.publishing.publish import Published, publish
 from distmerge.verification.manifest import Finding
 from distmerge.verification.verify import Verification, verify
 from distmerge.version import __version__
@@ -34,6 +35,7 @@ __all__ = [
     "OutputError",
     "PeerError",
     "Plan",
+    "Published",
     "RunError",
     "SourceError",
     "UserError",
@@ -42,6 +44,7 @@ __all__ = [
     "inspect",
     "merge",
     "plan",
+    "publish",
     "report",
     "select",
     "verify",

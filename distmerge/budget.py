@@ -50,13 +50,14 @@ def step_elements(plan: Plan, budget_bytes: int) -> int:
 
 def _panel_bytes(plan: Plan) -> int:
     """Memory of a rank that holds one panel of the largest matrix at a time."""
-    most = 0
-    for job in plan.jobs:
-        tensor = plan.tensors[job.tensor]
-        for matrix in plan.matrices(job):
-            alone = working_bytes(matrix, len(tensor.rule.inputs) - 1, tensor.dtype.itemsize)
-            most = max(most, alone)
-    return most
+    if not any(tensor.rule.cut for tensor in plan.tensors):
+        return 0
+    return max(
+        working_bytes(matrix, len(tensor.rule.inputs) - 1, tensor.dtype.itemsize)
+        for job in plan.jobs
+        for tensor in [plan.tensors[job.tensor]]
+        for matrix in plan.matrices(job)
+    )
 
 
 def held_bytes(plan: Plan, job: Job) -> int:

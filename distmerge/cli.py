@@ -1,4 +1,4 @@
-"""The command line: merge, plan, inspect, verify, select, report."""
+"""The command line: merge, plan, inspect, verify, select, report, publish."""
 
 from __future__ import annotations
 
@@ -22,8 +22,14 @@ from distmerge.document import Plain
 from distmerge.errors import DistmergeError
 from distmerge.launchers import detect
 from distmerge.pipeline import DEFAULT_SHARD, Options
+from distmerge.publication import MAIN
 
 Command = TypeVar("Command", bound=Callable[..., object])
+
+stream_remote_option = click.option(
+    "--stream-remote", is_flag=True,
+    help="Read Hub inputs by ranges as they are needed; do not download them.",
+)  # fmt: skip
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 LEAVE_LAST = 2.0
@@ -63,6 +69,7 @@ def cli(local_rank: int | None) -> None:
     distmerge verify OUT                  whether all of OUT is as the merge wrote it
     distmerge select OUT --text FILE      choose again among the outputs of a sweep
     distmerge report OUT                  the plots and the page of a merge, made again
+    distmerge publish OUT OWNER/NAME      put it on the Hub
 
     CONFIG is a YAML recipe: mergekit's for merge_method: linear, or a trajectory: for
     merge_method: average and extra_merge. With sweep: it makes many outputs from one read.
@@ -93,6 +100,7 @@ def cli(local_rank: int | None) -> None:
     "--read", type=click.Choice(["auto", "mmap", "pread"]), default="auto", show_default=True,
     help="How to read inputs. auto: mapped where the page cache holds them, else large reads.",
 )  # fmt: skip
+@stream_remote_option
 @click.option("--overwrite", is_flag=True, help="Replace OUT if distmerge wrote it.")
 @click.option("--restart", is_flag=True, help="Throw away what an earlier attempt has done.")
 @click.option("--verify", "verifies", is_flag=True, help="Then check OUT, as `distmerge verify`.")
@@ -146,23 +154,16 @@ def merge(
     help="Deal the jobs out to so many ranks.",
 )  # fmt: skip
 @click.option("--memory", metavar="SIZE", help="Budget of each rank's buffers, as 500MB.")
+@stream_remote_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def plan(
-    config: str,
-    overrides: tuple[str, ...],
-    lenient: bool,
-    shard_size: str,
-    ranks: int,
-    memory: str | None,
-    as_json: bool,
-) -> None:
+def plan(config: str, ranks: int, memory: str | None, as_json: bool, **how: Any) -> None:
     """Show what merging CONFIG would do: a dry run that reads headers only.
 
     Prints inputs with fingerprints, output shards, jobs and bytes of each of N ranks, estimated
     memory, and the digest on which the ranks agree before they touch a file.
     """
     log.configure(rank=0, verbose=False, quiet=False)
-    found = distmerge.plan(config, overrides=overrides, lenient=lenient, shard_size=shard_size)
+    found = distmerge.plan(config, **how)
     described = presentation.describe(found, ranks=ranks, memory=memory)
     _echo(json.dumps(described, indent=2) if as_json else presentation.plan_text(described))
 
@@ -191,8 +192,9 @@ def inspect(path: str, as_json: bool) -> None:
     "--seed", type=int, metavar="N",
     help="Draw the tensors of --recompute with this number.  [default: from the plan's digest]",
 )  # fmt: skip
+@stream_remote_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def verify(out: str, recompute: str | None, seed: int | None, as_json: bool) -> None:
+def verify(out: str, **how: Any) -> None:
     """Check what a merge left in OUT; list what is off and exit with 1 where something is.
 
     Every file is read once and held against its sha256 in the manifest; headers, index, shapes and
@@ -202,7 +204,7 @@ def verify(out: str, recompute: str | None, seed: int | None, as_json: bool) -> 
     """
     rank = detect(os.environ).rank
     log.configure(rank=rank, verbose=False, quiet=False)
-    _check(out, rank, recompute=recompute, seed=seed, progress=True, as_json=as_json)
+    _check(out, rank, progress=True, **how)
 
 
 @cli.command()
@@ -241,6 +243,31 @@ def select(out: str, **given: str | None) -> None:
     found = distmerge.select(out, {"metric": "loss", **asked} if "text" in asked else asked)
     if rank == 0:
         _echo(presentation.scores_text(found))
+
+
+@cli.command()
+@click.argument("out", type=click.Path())
+@click.argument("repo")
+@click.option("--private", is_flag=True, help="Make a private repository.")
+@click.option(
+    "--revision", metavar="BRANCH", default=MAIN, show_default=True,
+    help="Commit to this branch; it is made where there is none.",
+)  # fmt: skip
+@click.option(
+    "--create-pr", is_flag=True, help="Open a pull request, and leave the branch as it is."
+)
+@click.option(
+    "--output", metavar="NAME", help="Which output of a sweep.  [default: the chosen one]"
+)
+def publish(out: str, **how: Any) -> None:
+    """Publish what a merge left in OUT as REPO, 'owner/name', on the Hugging Face Hub.
+
+    Weights, config, tokenizer, manifest and a model card become visible at once, in one commit.
+    After a failure the same command goes on; what the Hub has is not sent again. The token is
+    taken from HF_TOKEN, or from where `hf auth login` keeps it.
+    """
+    log.configure(rank=0, verbose=False, quiet=False)
+    _echo(presentation.published_text(distmerge.publish(out, progress=True, **how)))
 
 
 def _echo(text: object, *, err: bool = False) -> None:

@@ -318,7 +318,8 @@ def _start(launch: Launch, use_cuda: bool) -> None:
         )
     except (RuntimeError, ValueError) as error:
         raise RunError(
-            f"rank {launch.rank} of {launch.size} can't meet the others at {host}:{port}: {error}"
+            f"rank {launch.rank} of {launch.size} can't meet the others at {host}:{port}: {error}; "
+            "MASTER_ADDR and MASTER_PORT say where to meet, GLOO_SOCKET_IFNAME on which network"
         ) from error
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import save as serialized
 from distmerge.log import LOGGER
 from distmerge.output import versions
 from distmerge.planner import Plan
+from distmerge.sources.header import content_stamp
 
 CACHE = ".distmerge"
 """Folder beside OUT."""
@@ -120,21 +121,15 @@ def cache_path(out: Path, plan: Plan, device: str) -> Path:
     """Where the statistic of `plan` lies beside `out`: under a hash of all that it depends on.
 
     The headers, sizes and times that fingerprint an input could be the same for other contents, if
-    somebody set the times. So the inode and the time of its last change count too, which nobody
-    can set.
+    somebody set the times: see header.content_stamp.
     """
     tensors = [tensor.name for tensor in plan.tensors if tensor.rule.kind == "trend"]
     rule = next(tensor.rule for tensor in plan.tensors if tensor.rule.kind == "trend")
     digest = hashlib.sha256(json.dumps([tensors, versions(), device]).encode())
     for i in rule.inputs:
         for file in plan.inputs[i].files:
-            found = file.path.stat()
-            digest.update(
-                f"{file.path} {file.sha256} {found.st_size} {found.st_mtime_ns} "
-                f"{found.st_ctime_ns} {found.st_ino} {found.st_dev}\n".encode(
-                    errors="surrogateescape"
-                )
-            )
+            line = f"{file.path} {file.sha256} {content_stamp(file)}\n"
+            digest.update(line.encode(errors="surrogateescape"))
     return out.parent / CACHE / f"gram-{digest.hexdigest()[:32]}.safetensors"
 
 

@@ -3,28 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
-import torch
-
-from distmerge.budget import Budget
 from distmerge.dist import World
 from distmerge.engine import Engine, Outcome, Sink
 from distmerge.planner import Plan
 from distmerge.sources.reader import Inputs
-from distmerge.spectra import Spectra
-from distmerge.task_engine import TaskEngine
-
-
-class Handling(NamedTuple):
-    """How jobs are run: sums on `device`, task vectors on `solver`. `spectra` takes down what
-    becomes of matrices."""
-
-    budget: Budget
-    device: torch.device
-    solver: torch.device
-    allow_nonfinite: bool
-    spectra: Spectra
+from distmerge.tasks.engine import Handling, TaskEngine
 
 
 def run_jobs(
@@ -43,12 +27,5 @@ def run_jobs(
         )
         done += engine.run(streamed, inputs, sink, world)
     if on_tasks:
-        task_engine = TaskEngine(
-            plan,
-            budget=how.budget,
-            device=how.solver,
-            allow_nonfinite=how.allow_nonfinite,
-            spectra=how.spectra,
-        )
-        done += task_engine.run(on_tasks, inputs, sink, world)
+        done += TaskEngine(plan, how).run(on_tasks, inputs, sink, world)
     return done

@@ -25,16 +25,17 @@ from distmerge.dist import World
 from distmerge.document import Plain
 from distmerge.engine import Outcome
 from distmerge.gram import Gram
-from distmerge.jobs import Handling, run_jobs
+from distmerge.jobs import run_jobs
 from distmerge.journal import Journal, finished_jobs, read_journals, sound_records
 from distmerge.log import LOGGER, Progress, format_bytes, parse_bytes
 from distmerge.planner import Plan
-from distmerge.shared import run_shared, vouch
 from distmerge.sources.reader import Inputs, ReadMode
-from distmerge.spectra import Numbers, Spectra, ordered, read_spectra
 from distmerge.statistic import GramPass, Snapshots, Sums, read_snapshots, total
 from distmerge.storage import free_memory
 from distmerge.stream import single_threaded
+from distmerge.tasks.engine import Handling
+from distmerge.tasks.shared import run_shared, vouch
+from distmerge.tasks.spectra import Numbers, Spectra, ordered, read_spectra
 from distmerge.writer import ShardWriter, create_shards
 
 MEMORY_SHARE = 0.5
@@ -43,7 +44,7 @@ MEMORY_SHARE = 0.5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Means:
-    """What the passes work with; see pipeline.Options and jobs.Handling. `shown` is for progress."""
+    """What the passes work with; see pipeline.Options, tasks.engine.Handling. `shown`: progress."""
 
     device: torch.device
     solver: torch.device
@@ -159,9 +160,7 @@ def _merge_large(
     return outcomes
 
 
-def _collected(
-    world: World, plan: Plan, attempt: Attempt, spectra: Spectra
-) -> tuple[Numbers, ...]:
+def _collected(world: World, plan: Plan, attempt: Attempt, spectra: Spectra) -> tuple[Numbers, ...]:
     """What became of every matrix, on the first rank: in this attempt, and in those before it."""
     known = world.on_first("look for spectra", lambda: read_spectra(attempt.state))
     found = world.gather("collect the spectra", lambda: spectra.found)

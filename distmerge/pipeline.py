@@ -1,4 +1,4 @@
-"""The story of a merge: recipe, sources, plan, agreement, the passes, finish, choice, report."""
+"""The story of a merge: recipe, sources, plan, agreement, passes, finish, choice, report, Hub."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from distmerge.errors import OutputError, UserError
 from distmerge.log import parse_bytes
 from distmerge.passes import NOTHING, Done, Means, merge_pass
 from distmerge.planner import Plan, build_plan
+from distmerge.publishing.ahead import Publisher, publishing
+from distmerge.publishing.publish import Published
 from distmerge.reference import as_path
 from distmerge.resolved import as_recipe
 from distmerge.selection import Selection, check, parse_selection
@@ -44,8 +46,10 @@ class Options:
 
     `memory` is the budget of each rank's buffers and `shard_size` that of a shard's data, both as
     '5GB', '500MB' or '64MiB'. `device`: auto takes the CPU, for a weighted sum waits for the disk
-    (but a GPU to choose by loss, if there is one).
-    `assemble`, `read`: see docs/design.md. `restart` throws away what an earlier attempt has done.
+    (but a GPU for what looks at matrices, and to choose by loss, if there is one).
+    `assemble`, `read`: see docs/design.md. `stream_remote` reads inputs on the Hub by ranges, as
+    they are needed, and does not download them. `restart` throws away what an earlier attempt has
+    done.
     `timeout` is how long a rank may go on without reading or writing anything, in seconds.
     `progress` shows a bar or lines on standard error.
     """
@@ -55,6 +59,7 @@ class Options:
     device: DeviceChoice = "auto"
     assemble: AssembleMode = "auto"
     read: ReadMode = "auto"
+    stream_remote: bool = False
     overwrite: bool = False
     restart: bool = False
     allow_nonfinite: bool = False
@@ -70,8 +75,8 @@ class MergeResult:
     the largest resident set, in bytes, of any rank; `nonfinite` counts NaN and Inf, where they
     were allowed.
 
-    `outputs` are the folders in OUT ('' for OUT itself); `scores` is what the selection found, and
-    `report` the page that shows it all, where there are any.
+    `outputs` are the folders in OUT ('' for OUT itself); `scores` is what the selection found,
+    `report` the page that shows it all, and `published` what `publish:` did, where there are any.
     """
 
     out: Path
@@ -89,6 +94,7 @@ class MergeResult:
     peak_memory: int
     scores: dict[str, Any] | None = None
     report: Path | None = None
+    published: Published | None = None
 
 
 def merge(
@@ -105,7 +111,7 @@ def merge(
     on every rank that a launcher started, or in one process alone. On return `out` is complete
     and on the disk; after an error there is nothing at `out`, or what was there before, and the
     same call goes on with what was done. Only an error of the choice among finished outputs
-    (`select:`) leaves them.
+    (`select:`), or of their publication (`publish:`), leaves them.
 
     Raises ConfigError, SourceError, MismatchError, NonFiniteError or OutputError for what the
     user can mend; RunError for what failed; PeerError on ranks that stopped for another's sake.
@@ -119,21 +125,30 @@ def merge(
             "read the recipe", lambda: _read(config, overrides=overrides, lenient=lenient)
         )
         sources = world.node_first(
-            "open the inputs", lambda local_only: open_sources(recipe, local_only=local_only)
+            "open the inputs",
+            lambda local_only: open_sources(
+                recipe, local_only=local_only, stream_remote=options.stream_remote
+            ),
         )
         plan = world.together("plan", lambda: build_plan(recipe, sources, shard_bytes=shard_bytes))
         world.agree("plan", "plan", plan.digest)
-        means = _means(world, options, use_cuda=use_cuda)
-        with _attempt(world, target, plan, options) as attempt:
+        means = _means(world, plan, options)
+        with (
+            _attempt(world, target, plan, means, options) as attempt,
+            publishing(recipe.publication, plan, attempt, first=world.rank == 0) as publisher,
+        ):
             passes = (NOTHING, NOTHING)
             if not attempt.renamed:
                 passes = _make(world, recipe, sources, plan, (means, target, attempt))
             found = _choose(world, recipe, plan, target, use_gpu=options.device != "cpu")
             page = world.on_first("report", lambda: _report(recipe, target))
+            published = world.on_first(
+                "publish", lambda: _publish(publisher, target, shown=options.progress)
+            )
         peaks = world.gather("end", peak_memory)
     seconds = time.monotonic() - started
     result = _result(target, plan, passes, peaks, seconds)
-    return replace(result, scores=found, report=page)
+    return replace(result, scores=found, report=page, published=published)
 
 
 def _make(
@@ -148,6 +163,7 @@ def _make(
     )
     plan, statistic = find_coefficients(world, recipe, plan, means, (target, attempt))
     done = merge_pass(world, plan, means, attempt)
+    world.on_first("keep the spectra", lambda: reports.keep_spectra(folder, done.spectra))
     recipes = _carried_out(recipe, sources)
     world.on_first(
         "finish the output", lambda: output.complete(folder, plan, beside, done.shards, recipes)
@@ -168,10 +184,14 @@ def plan(
     overrides: Sequence[str] = (),
     lenient: bool = False,
     shard_size: str = DEFAULT_SHARD,
+    stream_remote: bool = False,
 ) -> Plan:
-    """The plan of a merge, from the headers of its inputs alone. Raises what `merge` raises."""
+    """The plan of a merge, from the headers of its inputs alone; `stream_remote` as in Options.
+
+    Raises what `merge` raises.
+    """
     recipe = _read(config, overrides=overrides, lenient=lenient)
-    sources = open_sources(recipe, local_only=False)
+    sources = open_sources(recipe, local_only=False, stream_remote=stream_remote)
     return build_plan(recipe, sources, shard_bytes=parse_bytes(shard_size))
 
 
@@ -207,9 +227,12 @@ def _read(config: Document, *, overrides: Sequence[str], lenient: bool) -> Recip
     return recipe
 
 
-def _means(world: World, options: Options, *, use_cuda: bool) -> Means:
+def _means(world: World, plan: Plan, options: Options) -> Means:
+    chosen = options.device == "cuda"
+    worth_it = options.device == "auto" and any(tensor.rule.cut for tensor in plan.tensors)
     return Means(
-        device=_device(world, use_cuda=use_cuda),
+        device=_device(world, use_cuda=chosen),
+        solver=_device(world, use_cuda=chosen or (worth_it and _all_have_a_gpu(world))),
         memory=options.memory,
         read=options.read,
         assemble=options.assemble,
@@ -225,6 +248,13 @@ def _device(world: World, *, use_cuda: bool) -> torch.device:
     return torch.device("cuda", world.local_rank % torch.cuda.device_count())
 
 
+def _all_have_a_gpu(world: World) -> bool:
+    """Of one kind: another gives other bytes."""
+    here = torch.cuda.is_available
+    names = world.gather("look for GPUs", lambda: torch.cuda.get_device_name() if here() else "")
+    return "" not in names and len(set(names)) == 1
+
+
 def _wants_cuda(choice: DeviceChoice) -> bool:
     if choice == "cuda" and not torch.cuda.is_available():
         raise OutputError("--device cuda: there is no CUDA device here; use --device cpu")
@@ -232,12 +262,15 @@ def _wants_cuda(choice: DeviceChoice) -> bool:
 
 
 @contextmanager
-def _attempt(world: World, target: Path, plan: Plan, options: Options) -> Iterator[Attempt]:
+def _attempt(
+    world: World, target: Path, plan: Plan, means: Means, options: Options
+) -> Iterator[Attempt]:
     """The attempt at `target`, new or gone on with; what it has done is kept where that helps."""
     held: list[tuple[Attempt, attempts.Lock]] = []
 
     def prepare() -> Attempt:
-        device = "cpu" if options.device != "cuda" else torch.cuda.get_device_name()
+        on_cpu = means.solver.type == "cpu"
+        device = "cpu" if on_cpu else torch.cuda.get_device_name(means.solver)
         wanted = attempts.identity(plan, device, allow_nonfinite=options.allow_nonfinite)
         attempt, lock = attempts.begin(
             target, plan, wanted, overwrite=options.overwrite, restart=options.restart
@@ -299,6 +332,10 @@ def _carried_out(recipe: Recipe, sources: Sources) -> list[Plain]:
         row = sources.rows[number] if sources.rows else ()
         recipes.append(as_recipe(variant.config, [w for w in row if w is not None]))
     return recipes
+
+
+def _publish(publisher: Publisher | None, target: Path, *, shown: bool) -> Published | None:
+    return None if publisher is None else publisher.finish(target, shown=shown)
 
 
 def _report(recipe: Recipe, target: Path) -> Path | None:

@@ -22,7 +22,7 @@ of the small directions alone resolves them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -33,7 +33,7 @@ from distmerge.methods.projection import (
     RESOLVED,
     RESOLVED_AGAIN,
     Basis,
-    basis,
+    decompose,
     projection,
     refinement,
 )
@@ -58,26 +58,32 @@ class Calibration:
     """How to calibrate a matrix with k = min(m, n), or a batch of them.
 
     `sigma` (... x k, float64) are the singular values of D, without the scale, in descending order;
-    `gamma` is ... x settings x k, float64. `transforms`, one for each setting, are ... x k x k with
-    the scale, and act on the outputs of a wide matrix, on the inputs of a tall one. `fallback`
-    says for each setting why the first way was not good enough, if so.
+    `gamma` is ... x settings x k, float64. `fallback` says for each setting why the first way was
+    not good enough, if so.
     """
 
     sigma: Tensor
     gamma: Tensor
-    transforms: list[Tensor]
     wide: bool
     fallback: list[str | None]
+    outputs: list[_Output]
+    _last: dict[int, Tensor] = field(default_factory=dict)
 
-    def apply(self, panel: Panel) -> list[Tensor]:
-        """scale U diag(gamma) U^T D of this panel for every setting, float32."""
-        return [self._apply(transform, panel.merged) for transform in self.transforms]
-
-    def _apply(self, transform: Tensor, merged: Tensor) -> Tensor:
-        parts = pieces(merged, wide=self.wide, dtype=transform.dtype)
+    def apply(self, panel: Panel, setting: int) -> Tensor:
+        """scale U diag(gamma) U^T D of this panel for the setting of this number, float32."""
+        transform = self._transform(setting)
+        parts = pieces(panel.merged, wide=self.wide, dtype=transform.dtype)
         if self.wide:
             return torch.cat([(transform @ part).float() for part in parts], dim=-1)
         return torch.cat([(part @ transform).float() for part in parts], dim=-2)
+
+    def _transform(self, setting: int) -> Tensor:
+        """... x k x k: of the outputs of a wide matrix, of the inputs of a tall one. As large as a
+        matrix may be, so only the last one is kept."""
+        if setting not in self._last:
+            self._last.clear()
+            self._last[setting] = self.outputs[setting].transform()
+        return self._last[setting]
 
 
 def calibrate(rows: int, columns: int, settings: Sequence[Setting]) -> Method[Calibration]:
@@ -87,7 +93,7 @@ def calibrate(rows: int, columns: int, settings: Sequence[Setting]) -> Method[Ca
     can't be decomposed: it holds NaN or Inf, or LAPACK fails.
     """
     wide = rows <= columns
-    sigma, vectors, by_svd = yield basis(wide=wide)
+    sigma, vectors, by_svd = yield decompose(wide=wide)
     first = Basis(sigma, vectors, wide, RESOLVED)
     energy, strengths = yield projection(first)
     outputs = [_output(first, energy, strengths, setting) for setting in settings]
@@ -105,16 +111,25 @@ def calibrate(rows: int, columns: int, settings: Sequence[Setting]) -> Method[Ca
     return Calibration(
         sigma=sigma,
         gamma=torch.stack([output.gamma for output in outputs], dim=-2),
-        transforms=[output.transform for output in outputs],
         wide=wide,
         fallback=[output.doubt or failed for output in outputs],
+        outputs=outputs,
     )
 
 
 class _Output(NamedTuple):
+    """One setting: gamma (... x k) on the basis `vectors`; `coarse` if float32 will do."""
+
+    vectors: Tensor
     gamma: Tensor
-    transform: Tensor
+    scale: float
+    coarse: bool
     doubt: str | None
+
+    def transform(self) -> Tensor:
+        vectors = self.vectors.float() if self.coarse else self.vectors
+        scaled = vectors * (self.scale * self.gamma).to(vectors.dtype)[..., None, :]
+        return scaled @ vectors.mT
 
 
 def _output(found: Basis, energy: Tensor, strengths: Tensor, setting: Setting) -> _Output:
@@ -131,6 +146,4 @@ def _output(found: Basis, energy: Tensor, strengths: Tensor, setting: Setting) -
 
     # In float32, what is amplified far more than the rest would drown it in rounding.
     coarse = bool((gamma.amax(-1) * whole <= _AMPLIFIED * result).all())
-    vectors = found.vectors.float() if coarse else found.vectors
-    scaled = vectors * (scale * gamma).to(vectors.dtype)[..., None, :]
-    return _Output(gamma, scaled @ vectors.mT, doubt if matter else None)
+    return _Output(found.vectors, gamma, scale, coarse, doubt if matter else None)

@@ -65,10 +65,10 @@ class Basis:
         return torch.ldexp(torch.ones_like(self.sigma[..., 0]), -exponent)
 
 
-def basis(*, wide: bool) -> Stage:
-    """Finds sigma, vectors, and whether `eigh` failed and they are from an SVD (0 or 1).
+def decompose(*, wide: bool) -> Stage:
+    """Finds sigma and vectors, and whether these are from an SVD because `eigh` failed (0 or 1).
 
-    Raises ArithmeticError where D can't be decomposed, as if it holds NaN.
+    Raises ArithmeticError where D can't be decomposed, as where it holds NaN.
     """
     return Stage(lambda panel: [gram(panel.merged, wide=wide)], _decompose)
 
@@ -113,8 +113,10 @@ def projection(onto: Basis) -> Stage:
 
 
 def _wide(onto: Basis, known: int, split: int) -> Stage:
-    rows = onto.vectors.mT * onto.unit()[..., None, None]
-    coarse, fine = rows[..., :split, :].float(), rows[..., split:, :].clone()
+    basis = onto.vectors
+    size, batch, scale = basis.shape[-1], basis.shape[:-2], onto.unit()[..., None, None]
+    coarse = (basis[..., :split] * scale).mT.float()
+    fine = (basis[..., split:] * scale).mT
 
     def project(x: Tensor, count: int) -> Tensor:
         """The first `count` rows of unit U^T x."""
@@ -124,10 +126,9 @@ def _wide(onto: Basis, known: int, split: int) -> Stage:
         return torch.cat([first.double(), fine[..., : count - split, :] @ x.double()], dim=-2)
 
     def accumulate(panel: Panel) -> Tensors:
-        size, batch, tasks = rows.shape[-1], rows.shape[:-2], len(panel.deltas)
-        energy = rows.new_zeros(*batch, size)
-        inner, squared = rows.new_zeros(2, *batch, tasks, known)
-        whole = rows.new_zeros(*batch, tasks)
+        tasks = len(panel.deltas)
+        energy, whole = basis.new_zeros(*batch, size), basis.new_zeros(*batch, tasks)
+        inner, squared = basis.new_zeros(2, *batch, tasks, known)
         for merged, *deltas in _in_step(panel, wide=True):
             a = project(merged, size)
             energy += _squared(a, -1)
@@ -140,14 +141,15 @@ def _wide(onto: Basis, known: int, split: int) -> Stage:
 
     def solve(total: Tensors) -> Tensors:
         energy, inner, squared, whole = total
-        whole = whole * onto.unit()[..., None].square()
-        return [energy, _strengths(inner, squared, whole, energy.shape[-1])]
+        whole = whole * scale[..., 0].square()
+        return [energy, _strengths(inner, squared, whole, size)]
 
     return Stage(accumulate, solve)
 
 
 def _tall(onto: Basis, known: int, split: int) -> Stage:
-    columns = onto.vectors * onto.unit()[..., None, None]
+    scale = onto.unit()[..., None, None]
+    columns = onto.vectors * scale
     side, batch = columns.shape[-1], columns.shape[:-2]
 
     def accumulate(panel: Panel) -> Tensors:
@@ -179,8 +181,8 @@ def _tall(onto: Basis, known: int, split: int) -> Stage:
             x = torch.cat([first.double(), rest], dim=-2).reshape(*batch, known, side)
             inner[..., i, :] = torch.linalg.vecdot(rows, x)
             squared[..., i, :] = _squared(x, -1) / energy[..., :known]
-        unit = onto.unit()[..., None].square()
-        return [energy, _strengths(inner, squared * unit[..., None], whole * unit, side)]
+        squared, whole = squared * scale.square(), whole * scale[..., 0].square()
+        return [energy, _strengths(inner, squared, whole, side)]
 
     return Stage(accumulate, solve)
 

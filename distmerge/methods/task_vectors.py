@@ -60,11 +60,11 @@ Known = torch.Tensor
 first number are dropped before index (the second number) of the flattened tensor, magnitudes up to
 the third from there on; then r_i."""
 
-_PIECE = {"cpu": 48 * 1024}
+_PIECE = 48 * 1024
 """Elements that are worked on at once: the buffers for a few tasks fit the L2 cache."""
 
 _LARGE_PIECE = 1 << 21
-"""The same for other devices, where starting a kernel costs more than a piece."""
+"""The same on other devices, where starting a kernel costs more than so few elements."""
 
 _SAMPLES = 1 << 17
 _RUN = 16
@@ -87,7 +87,7 @@ class TaskVectors:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._piece = _PIECE.get(device.type, _LARGE_PIECE)
+        self._piece = _PIECE if device.type == "cpu" else _LARGE_PIECE
         self._buffers: list[torch.Tensor] = []
         self._views = lru_cache(maxsize=256)(self._view)  # making one costs as much as adding up
 

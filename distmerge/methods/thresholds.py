@@ -91,7 +91,7 @@ def largest(
         target: spread
         for target in targets
         if target.task in samples
-        and (spread := _range(samples[target.task].numpy(), target.keep / elements))
+        and (spread := _range(samples[target.task].numpy(), target.keep, elements))
     }
     found = _collect(ranges, magnitudes) if ranges else {}
     if rest := [target for target in targets if target not in found]:
@@ -105,16 +105,16 @@ class _Range(NamedTuple):
     high: np.float32
 
 
-def _range(sample: Numbers, share: float) -> _Range | None:
+def _range(sample: Numbers, keep: int, elements: int) -> _Range | None:
     """Both ends of where the threshold is likely to be; None where that is too much to keep."""
     ordered = np.sort(sample)[::-1]
-    count = len(ordered)
+    count, share = len(ordered), keep / elements
     margin = _DEVIATIONS * sqrt(count * share * (1 - share)) + _DEVIATIONS
     first, last = floor(count * share - margin), ceil(count * share + margin)
     high = ordered[first] if first >= 0 else np.float32(inf)
     low = ordered[last] if last < count else np.float32(0)
-    inside = np.count_nonzero((ordered >= low) & (ordered <= high))
-    return None if low != high and inside > count // 4 else _Range(low, high)
+    inside = np.count_nonzero((ordered >= low) & (ordered <= high)) / count * elements
+    return None if low != high and inside > _CAPACITY else _Range(low, high)
 
 
 class _Collection:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain, count, repeat
 from operator import attrgetter
@@ -15,6 +15,7 @@ from distmerge import collector
 from distmerge.errors import SourceError
 from distmerge.log import printable
 from distmerge.sources.header import Header, read_header
+from distmerge.sources.remote import RemoteFile
 from distmerge.spec import TensorSpec
 
 INDEX = "model.safetensors.index.json"
@@ -49,9 +50,12 @@ class Checkpoint:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of `identity` and the files' time stamps: another one after every change."""
+        """Hash of `identity` and of what tells changes: the commit of a repository, whose files
+        hosts may have since different times or not at all; else the files' time stamps."""
         return self._hash(
-            lambda file: f"{file.path.name} {file.size} {file.sha256} {file.mtime_ns}\n"
+            lambda file: (
+                f"{file.path.name} {file.size} {file.sha256} {self.revision or file.mtime_ns}\n"
+            )
         )
 
     def _hash(self, line: Callable[[Header], str]) -> str:
@@ -68,18 +72,25 @@ def open_checkpoint(
     revision: str | None = None,
     step: int | None = None,
     twin: Checkpoint | None = None,
+    remote: Mapping[str, RemoteFile] | None = None,
 ) -> Checkpoint:
     """Read the index and the headers in `folder`, nothing else.
 
-    `twin` is another checkpoint of the same run, if there is one: see read_header.
+    `twin` is another checkpoint of the same run, if there is one: see read_header. `remote` are
+    the shards by name, all that count, where they stay on the Hub.
     Raises SourceError where the folder holds no safetensors, where index and shards disagree, or
     where a header is damaged.
     """
     weight_map = read_index(folder)
-    names = _natural_sort(set(weight_map.values())) if weight_map else [_single_file(folder)]
-    paths = [_existing_shard(folder, name) for name in names]
+    names = shard_names(folder, weight_map, _weights(folder) if remote is None else remote)
     twins = chain(twin.files if twin else (), repeat(None))
-    files = tuple(map(read_header, paths, count(), twins))
+    if remote is None:
+        paths = [_existing_shard(folder, name) for name in names]
+        files = tuple(map(read_header, paths, count(), twins))
+    else:
+        shards = [remote[name] for name in names]
+        paths = [Path(str(shard)) for shard in shards]
+        files = tuple(map(read_header, paths, count(), twins, shards))
     tensors = {}
     for name, header in zip(names, files, strict=True):
         for spec in _by_offset(header):
@@ -175,8 +186,20 @@ def _existing_shard(folder: Path, name: str) -> Path:
     return path
 
 
-def _single_file(folder: Path) -> str:
-    found = sorted(p.name for p in folder.glob("*.safetensors") if p.is_file())
+def shard_names(folder: Path, weight_map: Mapping[str, str], there: Iterable[str]) -> list[str]:
+    """The files that count, in order: those of the index, or else the only one of the safetensors
+    files `there`. Raises SourceError where it isn't clear which that is."""
+    if weight_map:
+        return _natural_sort(set(weight_map.values()))
+    return [_single_file(folder, there)]
+
+
+def _weights(folder: Path) -> list[str]:
+    return [path.name for path in folder.glob("*.safetensors") if path.is_file()]
+
+
+def _single_file(folder: Path, there: Iterable[str]) -> str:
+    found = sorted(there)
     if "model.safetensors" in found:
         return "model.safetensors"
     candidates = [name for name in found if not name.startswith("consolidated")] or found

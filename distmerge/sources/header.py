@@ -20,6 +20,7 @@ from typing import NoReturn
 from unicodedata import category
 
 from distmerge.errors import SourceError
+from distmerge.sources.remote import RemoteFile
 from distmerge.spec import DTYPES, TensorSpec
 
 MAX_HEADER = 100_000_000
@@ -37,48 +38,64 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 1, 80, 80
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Header:
-    """A checked header, with what identifies the file: its size, time stamp and header's hash."""
+    """A checked header, with what identifies the file: its size, time stamp and header's hash.
+
+    Of a `remote` file the time stamp is 0, and `path` is only for people.
+    """
 
     path: Path
     tensors: dict[str, TensorSpec]
     size: int
     mtime_ns: int
     sha256: str
+    remote: RemoteFile | None = None
 
 
-def read_header(path: Path, number: int = 0, twin: Header | None = None) -> Header:
+def read_header(
+    path: Path, number: int = 0, twin: Header | None = None, remote: RemoteFile | None = None
+) -> Header:
     """Read the header of `path`, which is file `number` of its checkpoint.
 
     Checkpoints of one run have the same headers: a `twin` with the same one lends its tensors.
-    Raises SourceError that names the file and what is wrong.
+    Of a `remote` file the copy of its head is read. Raises SourceError that names the file and
+    what is wrong.
     """
     try:
-        with path.open("rb") as file:
+        with (remote.head if remote else path).open("rb") as file:
             stat = os.fstat(file.fileno())
+            size = remote.size if remote else stat.st_size
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
-            _check_length(path, len(prefix), length, stat.st_size)
+            check_length(path, len(prefix), length, size)
             raw = file.read(length)
     except OSError as error:
         raise SourceError(f"{path}: can't be read: {error.strerror}") from error
     if len(raw) != length:
         _refuse(path, f"the header is cut off after {len(raw)} of {length} bytes")
     sha256 = hashlib.sha256(raw).hexdigest()
-    if twin is not None and (twin.size, twin.sha256) == (stat.st_size, sha256):
+    if twin is not None and (twin.size, twin.sha256) == (size, sha256):
         tensors = twin.tensors
     else:
         tensors = _specs(path, _parse(path, raw), number, 8 + length)
-        _check_tiling(path, tensors.values(), 8 + length, stat.st_size)
+        _check_tiling(path, tensors.values(), 8 + length, size)
     return Header(
-        path=path, tensors=tensors, size=stat.st_size, mtime_ns=stat.st_mtime_ns, sha256=sha256
+        path=path,
+        tensors=tensors,
+        size=size,
+        mtime_ns=0 if remote else stat.st_mtime_ns,
+        sha256=sha256,
+        remote=remote,
     )
 
 
 def check_unchanged(header: Header) -> None:
     """Raise SourceError where the file is not the one, or not as, it was when `header` was read.
 
-    To open it makes a network file system ask its server.
+    To open it makes a network file system ask its server. Of a remote file every answer has been
+    held against its size and ETag.
     """
+    if header.remote is not None:
+        return
     try:
         with header.path.open("rb") as file:
             found = os.fstat(file.fileno())
@@ -91,11 +108,23 @@ def check_unchanged(header: Header) -> None:
         )
 
 
+def content_stamp(header: Header) -> str:
+    """What no other content of the file has: nobody can set a local file's inode and the time of
+    its last change. Raises OSError where it is gone."""
+    if header.remote is not None:
+        return header.remote.etag
+    found = header.path.stat()
+    times = f"{found.st_mtime_ns} {found.st_ctime_ns}"
+    return f"{found.st_size} {times} {found.st_ino} {found.st_dev}"
+
+
 def _refuse(path: Path, reason: str) -> NoReturn:
     raise SourceError(f"{path}: not a sound safetensors file: {reason}")
 
 
-def _check_length(path: Path, prefix: int, length: int, size: int) -> None:
+def check_length(path: Path, prefix: int, length: int, size: int) -> None:
+    """Raise SourceError unless a header of `length` bytes can follow the `prefix` bytes (8) that
+    state it, in a file of `size` bytes."""
     if prefix < 8:
         _refuse(path, f"it has only {size} bytes")
     if length > MAX_HEADER:

@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import glob
+import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import secrets
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    IncompleteSnapshotError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    RevisionResolutionError,
-)
-from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
+from huggingface_hub import HfApi, cached_assets_path, snapshot_download
+from huggingface_hub.errors import RevisionResolutionError
 
-from distmerge.errors import SourceError
+from distmerge.errors import RunError, SourceError
 from distmerge.log import printable
 from distmerge.reference import ModelRef
-from distmerge.sources.checkpoint import read_index
+from distmerge.sources.checkpoint import read_index, shard_names
+from distmerge.sources.client import explained
+from distmerge.sources.header import check_length
+from distmerge.sources.remote import OPENING, Ranges, RemoteFile, listing
 from distmerge.sources.sidecars import SIDECARS
+from distmerge.threads import Threads
 
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_NOT_SHARDS = "consolidated*.safetensors"
+
+HEADERS_AT_ONCE = 8
+"""A header is three short requests: waiting for them takes longer than what they bring."""
 
 
 def looks_like_repo(path: str) -> bool:
@@ -49,7 +49,7 @@ def pin(ref: ModelRef) -> ModelRef:
     """
     if ref.revision and is_commit(ref.revision):
         return ref._replace(commit=ref.revision)
-    with _explained(ref):
+    with explained(ref):
         try:
             found = HfApi().resolve_revision(ref.path, revision=ref.revision)
         except RevisionResolutionError as error:
@@ -57,19 +57,97 @@ def pin(ref: ModelRef) -> ModelRef:
     return ref._replace(commit=found.resolved)
 
 
-def download(ref: ModelRef, *, local_only: bool) -> Path:
-    """The folder of a pinned repository: weights (each once) and the files beside them.
+class Fetched(NamedTuple):
+    """The folder of a repository, and its shards by name where they are not in it."""
+
+    folder: Path
+    remote: dict[str, RemoteFile] | None = None
+
+
+def download(ref: ModelRef, *, local_only: bool) -> Fetched:
+    """A pinned repository on this host: weights (each once) and the files beside them.
 
     With `local_only` nothing is fetched: another process of this host has done so.
     Raises SourceError.
     """
-    with _explained(ref):
+    with explained(ref):
         folder = _snapshot(ref, SIDECARS, local_only)
-        named = sorted(set(read_index(folder).values()))
-        if strange := [name for name in named if not name.endswith(".safetensors")]:
-            raise SourceError(f"{ref}: {printable(strange[0], 80)} is no safetensors file")
+        named = sorted(set(_weight_map(ref, folder).values()))
         shards = [glob.escape(name) for name in named] or ["*.safetensors"]
-        return _snapshot(ref, shards, local_only)
+        return Fetched(_snapshot(ref, shards, local_only))
+
+
+def _weight_map(ref: ModelRef, folder: Path) -> dict[str, str]:
+    weight_map = read_index(folder)
+    named = sorted(set(weight_map.values()))
+    if strange := [name for name in named if not name.endswith(".safetensors")]:
+        raise SourceError(f"{ref}: {printable(strange[0], 80)} is no safetensors file")
+    return weight_map
+
+
+def stay_remote(ref: ModelRef, *, local_only: bool) -> Fetched:
+    """A pinned repository whose weights stay where they are: of each shard no more than the header
+    is fetched, into the client's cache.
+
+    `local_only` and errors as in `download`.
+    """
+    with explained(ref):
+        folder = _snapshot(ref, SIDECARS, local_only)
+        heads = cached_assets_path("distmerge", namespace=ref.path, subfolder="heads")
+        kept = heads / f"{ref.commit}.json"
+        try:
+            if not local_only:
+                _keep(kept, json.dumps(listing(ref)).encode())
+            found = _remote_files(ref, heads, kept)
+            shards = {}
+            for name in shard_names(folder, _weight_map(ref, folder), found):
+                if name not in found:
+                    what = printable(name, 200)
+                    raise SourceError(f"{ref}: its index names {what}, which is not there")
+                shards[name] = found[name]
+            if not local_only:
+                _fetch_heads([file for file in shards.values() if not file.head.is_file()])
+        except RunError as error:  # nothing is lost yet
+            raise SourceError(str(error)) from error
+    return Fetched(folder, shards)
+
+
+def _remote_files(ref: ModelRef, heads: Path, kept: Path) -> dict[str, RemoteFile]:
+    """What the listing in `kept` says. The ETags name files of ours: they must be hashes."""
+    found = {}
+    for name, (size, etag) in json.loads(kept.read_bytes()).items():
+        if type(size) is not int or size < 0 or not _ETAG.fullmatch(etag):
+            raise ValueError(name)
+        if not Path(name).match(_NOT_SHARDS):
+            found[name] = RemoteFile(ref=ref, name=name, size=size, etag=etag, head=heads / etag)
+    return found
+
+
+def _fetch_heads(files: Sequence[RemoteFile]) -> None:
+    threads = Threads(min(HEADERS_AT_ONCE, len(files)), "headers")
+    try:
+        for fetched in [threads.submit(_fetch_head, file) for file in files]:
+            fetched.result()
+    finally:
+        threads.close()
+
+
+def _fetch_head(file: RemoteFile) -> None:
+    ranges = Ranges(file, OPENING)
+    prefix = bytearray(min(8, file.size))
+    ranges.fill(0, memoryview(prefix))
+    length = int.from_bytes(prefix, "little")
+    check_length(Path(str(file)), len(prefix), length, file.size)
+    header = bytearray(length)
+    ranges.fill(8, memoryview(header))
+    _keep(file.head, bytes(prefix + header))
+
+
+def _keep(path: Path, content: bytes) -> None:
+    """Write a file that is there in full or not at all."""
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    part.write_bytes(content)
+    part.replace(path)
 
 
 def _snapshot(ref: ModelRef, patterns: Sequence[str], local_only: bool) -> Path:
@@ -78,39 +156,7 @@ def _snapshot(ref: ModelRef, patterns: Sequence[str], local_only: bool) -> Path:
             ref.path,
             revision=ref.commit or ref.revision,
             allow_patterns=list(patterns),
-            ignore_patterns=["*/*.safetensors", "consolidated*.safetensors"],
+            ignore_patterns=["*/*.safetensors", _NOT_SHARDS],
             local_files_only=local_only,
         )
     )
-
-
-@contextmanager
-def _explained(ref: ModelRef) -> Iterator[None]:
-    """Turn the client's errors into ours. The client's own text may name tokens: it is left out."""
-    try:
-        yield
-    except GatedRepoError as error:
-        raise SourceError(
-            f"{ref}: the repository is gated: ask for access, set HF_TOKEN"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise SourceError(f"{ref}: the repository has no such revision") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise SourceError(
-            f"{ref}: neither a folder here nor a repository on the Hub; if it is private, "
-            "set HF_TOKEN"
-        ) from error
-    except (OfflineModeIsEnabled, IncompleteSnapshotError, LocalEntryNotFoundError) as error:
-        raise SourceError(
-            f"{ref}: no such folder, not in the Hub's cache, and the Hub can't be reached"
-        ) from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else "no answer"
-        raise SourceError(f"{ref}: the Hub answered {status}; try again later") from error
-    except (OSError, httpx.HTTPError) as error:
-        why = getattr(error, "strerror", None) or type(error).__name__
-        raise SourceError(f"{ref}: no such folder, and the Hub can't be reached: {why}") from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise SourceError(
-            f"{ref}: what the Hub says of it is not sound ({type(error).__name__})"
-        ) from error

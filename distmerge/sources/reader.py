@@ -2,7 +2,8 @@
 
 mmap: views of the page cache, without a copy, for files that are already there. pread: large
 reads into the caller's buffer; past the page cache (`direct`) on local disks, through it on
-network file systems, where mapped files are slow and pages can get lost.
+network file systems, where mapped files are slow and pages can get lost. Files that stay on the
+Hub are read by ranges, into the caller's buffer too.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from distmerge.log import LOGGER
 from distmerge.sources import fault
 from distmerge.sources.checkpoint import Checkpoint
 from distmerge.sources.header import Header, check_unchanged
+from distmerge.sources.remote import Ranges, RemoteFile
 from distmerge.spec import PAGE
 from distmerge.storage import is_cached, is_local, memory_view, open_direct
 
@@ -108,6 +110,22 @@ class _Read:
         os.close(self._file)
 
 
+class _Remote:
+    def __init__(self, file: RemoteFile):
+        self._ranges = Ranges(file)
+
+    def read(self, start: int, num_bytes: int, buffer: torch.Tensor) -> torch.Tensor:
+        wanted = buffer[:num_bytes]
+        self._ranges.fill(start, memory_view(wanted))
+        return wanted
+
+    def release(self, start: int, num_bytes: int) -> None:
+        """The bytes are in the caller's buffer."""
+
+    def close(self) -> None:
+        """The connections are the process's, for all files."""
+
+
 def _ends_early(path: Path, size: int) -> SourceError:
     return SourceError(
         f"{path}: it ends at byte {size}, inside a tensor that its header describes; did it change "
@@ -154,7 +172,11 @@ class Inputs:
         if key not in self._open:
             header = self._used[key] = self._checkpoints[checkpoint].files[file]
             check_unchanged(header)
-            self._open[key] = open_reader(header.path, self._mode)
+            self._open[key] = (
+                open_reader(header.path, self._mode)
+                if header.remote is None
+                else _Remote(header.remote)
+            )
         self._open.move_to_end(key)
         if len(self._open) > self._limit:
             self._open.popitem(last=False)[1].close()

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 
 from distmerge.config import Config, ModelEntry
 from distmerge.errors import ConfigError, SourceError
+from distmerge.matrices import Facts
 from distmerge.reference import ModelRef, as_path, parse_reference
 from distmerge.schedules import coefficients, select, step_of, windows
 from distmerge.sources import hub
 from distmerge.sources.checkpoint import Checkpoint, open_checkpoint
+from distmerge.sources.sidecars import model_facts
 from distmerge.sweep import Recipe
 from distmerge.trajectory import Trajectory
 
@@ -28,13 +30,14 @@ class Sources:
 
     `inputs` are, for each output, the positions of the checkpoints that its recipe names. `rows`
     are, for each output, the coefficients along a trajectory; where the recipe extrapolates,
-    those of the last merged checkpoint. None without a trajectory.
+    those of the last merged checkpoint. None without a trajectory. `facts` are the donor's.
     """
 
     checkpoints: tuple[Checkpoint, ...]
     donor: int
     inputs: tuple[tuple[int, ...], ...]
     rows: tuple[Row, ...] | None
+    facts: Facts
 
 
 def pinned(recipe: Recipe) -> Recipe:
@@ -66,9 +69,10 @@ def _with(entries: Iterable[ModelEntry], models: Iterable[ModelRef]) -> tuple[Mo
     return tuple(replace(entry, model=ref) for entry, ref in zip(entries, models, strict=True))
 
 
-def open_sources(recipe: Recipe, *, local_only: bool) -> Sources:
+def open_sources(recipe: Recipe, *, local_only: bool, stream_remote: bool = False) -> Sources:
     """Fetch what is on the Hub and open every input of a `pinned` recipe (headers only).
 
+    With `stream_remote` no weights are fetched: they are read by ranges when they are needed.
     Raises SourceError; ConfigError where the outputs of a sweep differ in their donor.
     """
     shared = recipe.shared
@@ -77,15 +81,18 @@ def open_sources(recipe: Recipe, *, local_only: bool) -> Sources:
     if shared.base_model and shared.base_model not in refs:
         refs = [*refs, shared.base_model]
         steps = [*steps, None]
+    fetch = partial(hub.stay_remote if stream_remote else hub.download, local_only=local_only)
     opened: list[Checkpoint] = []
     for ref, step in zip(refs, steps, strict=True):
-        opened.append(_open(ref, step, local_only, twin=opened[-1] if opened else None))
+        opened.append(_open(ref, fetch, step, twin=opened[-1] if opened else None))
     configs = [variant.config for variant in recipe.variants]
+    donor = _donor(configs, refs)
     return Sources(
         checkpoints=tuple(opened),
-        donor=_donor(configs, refs),
+        donor=donor,
         inputs=tuple(_named(config, refs) for config in configs),
         rows=tuple(_row(c, refs) for c in configs) if shared.trajectory else None,
+        facts=model_facts(opened[donor].folder),
     )
 
 
@@ -130,7 +137,7 @@ def _row(config: Config, refs: Sequence[ModelRef]) -> Row:
 
 def open_reference(text: str) -> Checkpoint:
     """Open what 'path' or 'path@revision' names, whole. Raises ConfigError or SourceError."""
-    return _open(_pin(parse_reference(text)), None, local_only=False)
+    return _open(_pin(parse_reference(text)), partial(hub.download, local_only=False))
 
 
 def is_local(ref: ModelRef) -> bool:
@@ -151,15 +158,20 @@ def _pin_local(ref: ModelRef) -> ModelRef:
 
 
 def _open(
-    ref: ModelRef, step: int | None, local_only: bool, twin: Checkpoint | None = None
+    ref: ModelRef,
+    fetch: Callable[[ModelRef], hub.Fetched],
+    step: int | None = None,
+    twin: Checkpoint | None = None,
 ) -> Checkpoint:
-    folder = Path(ref.path) if is_local(ref) else hub.download(ref, local_only=local_only)
+    folder, remote = hub.Fetched(Path(ref.path)) if is_local(ref) else fetch(ref)
     if not folder.is_dir():
         what = (
             "it is a file: name the folder that holds it" if folder.exists() else "no such folder"
         )
         raise SourceError(f"{folder}: {what}")
-    return open_checkpoint(folder, label=str(ref), revision=ref.commit, step=step, twin=twin)
+    return open_checkpoint(
+        folder, label=str(ref), revision=ref.commit, step=step, twin=twin, remote=remote
+    )
 
 
 def _listed(trajectory: Trajectory) -> tuple[list[ModelRef], list[int] | None]:

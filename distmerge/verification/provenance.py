@@ -32,15 +32,22 @@ Opened = dict[Given, Checkpoint | str]
 """Inputs that were looked at: as they were when they were merged, or why they are not."""
 
 
-def look_up(manifest: Manifest, opened: Opened) -> list[Checkpoint]:
-    """The inputs that are as they were; adds to `opened` what is not known there yet."""
+def look_up(manifest: Manifest, opened: Opened, plan: Plan | None) -> list[Checkpoint]:
+    """The inputs that are as they were, in `plan` or on this host; adds to `opened` what is not
+    known there yet."""
+    known = {checkpoint.fingerprint: checkpoint for checkpoint in plan.inputs} if plan else {}
     found: list[Checkpoint] = []
     for given in manifest.inputs:
         if given not in opened:
-            opened[given] = _opened(given, found[-1] if found else None)
-        known = opened[given]
-        if isinstance(known, Checkpoint):
-            found.append(known)
+            same = known.get(given.fingerprint)
+            opened[given] = (
+                replace(same, label=given.label)
+                if same
+                else _opened(given, found[-1] if found else None)
+            )
+        now = opened[given]
+        if isinstance(now, Checkpoint):
+            found.append(now)
     return found
 
 
@@ -59,6 +66,8 @@ def _opened(given: Given, twin: Checkpoint | None) -> Checkpoint | str:
     try:
         if not given.folder.is_dir():
             return f"there is no {given.folder} here"
+        if given.commit and not any(given.folder.glob("*.safetensors")):
+            return "its weights are not on this host; --recompute gets them from the Hub"
         found = open_checkpoint(given.folder, label=given.label, revision=given.commit, twin=twin)
     except (SourceError, OSError, ValueError) as error:
         return f"it can't be read any more ({error})"
@@ -67,23 +76,26 @@ def _opened(given: Given, twin: Checkpoint | None) -> Checkpoint | str:
     return found
 
 
-def plan_again(manifest: Manifest, *, local_only: bool) -> Plan:
+def plan_again(manifest: Manifest, *, local_only: bool, stream_remote: bool) -> Plan:
     """The plan of the manifest's recipe, from the headers that its inputs have now.
 
-    With `local_only` nothing is fetched from the Hub. Raises DistmergeError.
+    With `local_only` nothing is fetched from the Hub, with `stream_remote` no weights. Raises
+    DistmergeError.
     """
     recipe = pinned(load_recipe(manifest.recipe))
-    sources = open_sources(recipe, local_only=local_only)
+    sources = open_sources(recipe, local_only=local_only, stream_remote=stream_remote)
     return build_plan(recipe, sources, shard_bytes=manifest.shard_bytes)
 
 
-def try_plan(manifest: Manifest, *, insist: bool) -> tuple[Plan | None, list[Finding]]:
+def try_plan(
+    manifest: Manifest, *, insist: bool, stream_remote: bool = False
+) -> tuple[Plan | None, list[Finding]]:
     """The plan, if it can be had and is the manifest's; else what is in the way.
 
     `insist` says that the user wants the inputs used, from the Hub if need be.
     """
     try:
-        plan = plan_again(manifest, local_only=not insist)
+        plan = plan_again(manifest, local_only=not insist, stream_remote=stream_remote)
     except DistmergeError as error:
         note = isinstance(error, SourceError) and not insist
         what = f"its recipe can't be planned again: {error}"

@@ -17,15 +17,16 @@ from distmerge.assignment import assign
 from distmerge.budget import Budget, budget, default_memory
 from distmerge.dist import World
 from distmerge.errors import ConfigError
-from distmerge.jobs import Handling, run_jobs
+from distmerge.jobs import run_jobs
 from distmerge.log import Progress
 from distmerge.output import versions
 from distmerge.planner import Plan
 from distmerge.sources.reader import ByteReader, Inputs, open_reader
 from distmerge.spec import BLOCK_ELEMENTS, DTYPES, PAGE, DType
-from distmerge.spectra import Spectra
 from distmerge.storage import aligned_buffer, free_memory
 from distmerge.stream import typed
+from distmerge.tasks.engine import Handling
+from distmerge.tasks.spectra import Spectra
 from distmerge.verification.manifest import Finding, Manifest, some
 from distmerge.verification.provenance import plan_again, with_coefficients, without_agreement
 
@@ -141,6 +142,7 @@ def merge_again(
     names: frozenset[str],
     able: Sequence[int],
     *,
+    stream_remote: bool,
     shown: bool,
 ) -> list[Finding]:
     """The tensors `names` of an output, merged once more by all ranks; what differs, on each.
@@ -148,7 +150,8 @@ def merge_again(
     `able` are the ranks that see the output. Raises what a merge raises.
     """
     plan = world.node_first(
-        "open the inputs", lambda local_only: plan_again(manifest, local_only=local_only)
+        "open the inputs",
+        lambda local_only: plan_again(manifest, local_only=local_only, stream_remote=stream_remote),
     )
     world.agree("plan", "plan", plan.digest)
     plan = without_agreement(with_coefficients(plan, manifest)[0])

@@ -93,10 +93,12 @@ class _Looked(NamedTuple):
 
 
 class _Wanted(NamedTuple):
-    """The share of tensors to merge again, and the seed that the user gave for drawing them."""
+    """The share of tensors to merge again, the seed that the user gave for drawing them, and
+    whether inputs stay on the Hub."""
 
     share: float
     seed: int | None
+    stream_remote: bool
 
 
 def verify(
@@ -104,13 +106,15 @@ def verify(
     *,
     recompute: str | None = None,
     seed: int | None = None,
+    stream_remote: bool = False,
     progress: bool = False,
 ) -> Verification:
     """Check all that a merge left in `out`; call it on every rank, or in one process alone.
 
     Files against the manifest (all of them, by sha256), headers, index, shapes and dtypes against
     the inputs, no NaN or Inf, and no copy of a single input. With `recompute`, 'all' or a share
-    as '1%' of the tensors is merged again and compared to the byte; `seed` draws others.
+    as '1%' of the tensors is merged again and compared to the byte; `seed` draws others. For that,
+    inputs on the Hub are downloaded, or read by ranges with `stream_remote`.
 
     Returns the findings, on every rank. Raises OutputError where `out` is not what a merge left,
     ConfigError for a bad share, and what a merge raises where inputs or outputs can't be read.
@@ -119,7 +123,7 @@ def verify(
     share = None if recompute is None else parse_share(recompute)
     target = as_path(str(out))
     with join(use_cuda=False) as world, single_threaded():
-        wanted = None if share is None else _Wanted(share, seed)
+        wanted = None if share is None else _Wanted(share, seed, stream_remote)
         looked, found, drawn = world.on_first(
             "check the headers", lambda: _look(world, target, wanted)
         )
@@ -131,7 +135,9 @@ def verify(
         again = [each.to_merge(unreadable) for each in looked]
         for each, names in zip(looked, again, strict=True):
             if names:
-                found += merge_again(world, each.manifest, names, able, shown=shown)
+                found += merge_again(
+                    world, each.manifest, names, able, stream_remote=stream_remote, shown=shown
+                )
         ranks = world.size
     return Verification(
         out=target,
@@ -199,8 +205,9 @@ def _compare(
     found: list[Finding] = []
     plan: Plan | None = None
     if wanted is not None:
-        plan, found = try_plan(manifest, insist=True)  # may bring inputs from the Hub
-    inputs = look_up(manifest, opened)
+        # May bring inputs from the Hub.
+        plan, found = try_plan(manifest, insist=True, stream_remote=wanted.stream_remote)
+    inputs = look_up(manifest, opened, plan)
     if wanted is None and len(inputs) == len(manifest.inputs):
         plan, found = try_plan(manifest, insist=False)
     again: dict[str, str] = {}

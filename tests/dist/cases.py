@@ -10,9 +10,10 @@ from unittest import mock
 import torch
 
 import distmerge
-from distmerge import engine, planner, statistic
+from distmerge import budget, engine, matrices, planner, statistic
 from distmerge.document import Plain
 from distmerge.pipeline import MergeResult, Options
+from distmerge.tasks import merging
 from tests.support.checkpoints import raw_file, write_checkpoint
 
 Tensors = dict[str, torch.Tensor]
@@ -30,7 +31,10 @@ def cut(*, block: int = BLOCK, job: int = 4 * BLOCK) -> None:
     """In this process and for good: blocks and jobs so small that small tensors have several."""
     mock.patch.object(engine, "BLOCK_ELEMENTS", block).start()
     mock.patch.object(statistic, "BLOCK_ELEMENTS", block).start()
-    mock.patch.multiple(planner, BLOCK_ELEMENTS=block, JOB_ELEMENTS=job).start()
+    mock.patch.object(merging, "BLOCK_ELEMENTS", block).start()
+    mock.patch.object(planner, "JOB_ELEMENTS", job).start()
+    mock.patch.multiple(budget, BLOCK_ELEMENTS=block, JOB_ELEMENTS=job).start()
+    mock.patch.object(matrices, "_LEAST_PANEL", 64).start()
 
 
 def merge_cut(recipe: Recipe, out: Path, options: Options) -> MergeResult:

@@ -25,7 +25,7 @@ from distmerge import output, statistic
 from distmerge.assembly import AssembleMode
 from distmerge.dist import World
 from distmerge.pipeline import Options
-from distmerge.planner import SLOTS
+from distmerge.budget import SLOTS
 from distmerge.sources import reader
 from distmerge.statistic import GramPass
 from distmerge.writer import ShardWriter

@@ -12,7 +12,7 @@ import distmerge
 from distmerge.assembly import AssembleMode
 from distmerge.errors import NonFiniteError, PeerError
 from distmerge.pipeline import MergeResult, Options
-from distmerge.planner import SLOTS, step_elements
+from distmerge.budget import SLOTS, step_elements
 from distmerge.spec import PAGE
 from tests.dist import cases, test_gather
 from tests.dist.cases import BLOCK, Recipe, Tensors, fingerprints

@@ -23,7 +23,7 @@ from distmerge.attempt import Attempt
 from distmerge.dist import World
 from distmerge.errors import OutputError
 from distmerge.pipeline import Options
-from distmerge.planner import SLOTS
+from distmerge.budget import SLOTS
 from distmerge.spec import PAGE
 from distmerge.storage import aligned_buffer
 from tests.dist import cases

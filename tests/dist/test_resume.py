@@ -24,7 +24,7 @@ from distmerge.assembly import AssembleMode
 from distmerge.errors import UserError
 from distmerge.journal import finished_jobs, read_journals, sound_records
 from distmerge.pipeline import MergeResult, Options
-from distmerge.planner import SLOTS
+from distmerge.budget import SLOTS
 from distmerge.spec import PAGE
 from distmerge.statistic import GramPass, read_snapshots
 from distmerge.writer import ShardWriter

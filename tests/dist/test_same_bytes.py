@@ -15,7 +15,8 @@ import torch
 import distmerge
 from distmerge.assembly import AssembleMode
 from distmerge.pipeline import Options
-from distmerge.planner import SLOTS, Plan, step_elements
+from distmerge.budget import SLOTS, step_elements
+from distmerge.planner import Plan
 from distmerge.sources.reader import ReadMode
 from distmerge.spec import BLOCK_ELEMENTS, JOB_ELEMENTS, PAGE
 from tests.dist import cases

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.trio import SHARDS, Trio, digests, merging
+from tests.launch.trio import SHARDS, Trio, digests, merging, reads
 from tests.support.processes import (
     SCRIPTS,
     environment,
@@ -99,13 +99,6 @@ def test_a_signal_stops_a_run_and_the_same_command_goes_on(
     assert digests(out) == trio.digests
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     assert reads(done.stdout) < reads(trio.alone.stdout)
-
-
-def reads(summary: str) -> int:
-    """The kilobytes that a run says it read."""
-    words = summary.split("\nread ")[1].split()
-    assert words[1] == "kB,"
-    return int(words[0])
 
 
 @pytest.mark.slow

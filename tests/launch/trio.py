@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from tests.support.checkpoints import average_recipe, write_checkpoint, write_recipe
+from tests.support.namespaces import Host
 from tests.support.processes import BIN, environment, run
 
 Finished = subprocess.CompletedProcess[str]
@@ -59,6 +62,30 @@ def make_trio(folder: Path) -> Trio:
 def merging(trio: Trio, out: Path) -> list[str | Path]:
     """The command of one process."""
     return [BIN / "distmerge", "merge", trio.recipe, out, *SHARDS]
+
+
+def on_disks(hosts: Sequence[Host]) -> Path:
+    """The checkpoints on the disk of every host, with the same times, as rsync --archive copies
+    them; returns the recipe of their average."""
+    first = inputs(hosts[0].contents / "in")
+    for host in hosts[1:]:
+        shutil.copytree(first, host.contents / "in")
+    recipe = average_recipe(hosts[0].disk / "in/step-*")
+    return write_recipe(hosts[0].root / "average.yaml", recipe)
+
+
+def merge_alone(host: Host, arguments: Sequence[str | Path]) -> Finished:
+    """One process on `host`."""
+    done = run(host.command([BIN / "distmerge", "merge", *arguments]), environment())
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def reads(printed: str) -> int:
+    """The kilobytes that a run says it read."""
+    words = printed.split("\nread ")[1].split()
+    assert words[1] == "kB,"
+    return int(words[0])
 
 
 def slurm_step(rank: int, size: int, job: int) -> dict[str, str]:

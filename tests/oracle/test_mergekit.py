@@ -17,10 +17,10 @@ from typing import NamedTuple
 import pytest
 import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import distmerge
 from distmerge.spec import Rule
+from tests.oracle.conftest import LAYERS
 from tests.support import mergekit_oracle
 from tests.support.reference import half_ulp, load, weighted_sum
 
@@ -31,8 +31,6 @@ pytestmark = [
         reason="NOTHING WAS COMPARED WITH MERGEKIT: benchmarks/mergekit_env.sh makes what it needs",
     ),
 ]
-
-LAYERS = 5
 
 
 class Case(NamedTuple):
@@ -108,24 +106,6 @@ CASES = {
     "one model": Case({"A": 2.0}),
     "zero weight": Case({"A": 1.0, "B": 0.0, "C": 0.5}),
 }
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three Llamas that differ in all weights."""
-    folder = tmp_path_factory.mktemp("models")
-    config = LlamaConfig(
-        vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=LAYERS,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
-    for seed, name in enumerate("ABC"):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
-        with torch.no_grad():  # fresh norms are all ones
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter), alpha=0.02)
-        model.save_pretrained(folder / name, max_shard_size="200KB")
-    return folder
 
 
 def ulps_apart(

@@ -20,20 +20,22 @@ _LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "CROSS_RANK", "MASTER_ADDR", "MAS
 _PREFIXES = ("SLURM_", "ACCELERATE_", "TORCHELASTIC_", "RANKS_PER_")
 
 SLOW_WRITES = """
-import os, pathlib, time
+import os, pathlib, threading, time
 
 write = os.pwrite
 
 def slow(descriptor, data, offset):
-    mark = pathlib.Path(os.environ["MARKS"], os.environ.get("RANK", "0"))
-    mark.with_suffix(".new").write_text(str(os.getpid()))
-    mark.with_suffix(".new").rename(mark)
-    time.sleep(0.25)
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
+    mark = pathlib.Path(os.environ["MARKS"], rank)
+    new = mark.with_suffix(f".{threading.get_ident()}")
+    new.write_text(str(os.getpid()))
+    new.rename(mark)
+    time.sleep(float(os.environ["WRITE_SECONDS"]))
     return write(descriptor, data, offset)
 
 os.pwrite = slow
 """
-"""A sitecustomize: every write takes a quarter of a second, and leaves the rank's process id."""
+"""A sitecustomize: every write takes some time, and leaves the rank's process id."""
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -76,13 +78,16 @@ def finish(process: subprocess.Popen[str], timeout: float) -> subprocess.Complet
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def slow_writes(folder: Path) -> dict[str, str]:
-    """Variables that slow a run down; its ranks leave their process ids in `folder`/marks."""
+def slow_writes(folder: Path, seconds: float = 0.25) -> dict[str, str]:
+    """Variables that slow a run down; its ranks leave their process ids in `folder`/marks.
+
+    Every write takes `seconds`.
+    """
     marks, hook = folder / "marks", folder / "hook"
     marks.mkdir(parents=True)
     hook.mkdir()
     (hook / "sitecustomize.py").write_text(SLOW_WRITES)
-    return {"PYTHONPATH": str(hook), "MARKS": str(marks)}
+    return {"PYTHONPATH": str(hook), "MARKS": str(marks), "WRITE_SECONDS": str(seconds)}
 
 
 def wait_for_writers(folder: Path, ranks: int, timeout: float = 40) -> dict[int, int]:

@@ -1,11 +1,11 @@
-"""A private Slurm cluster for tests: real daemons, virtual nodes on this machine, own ports."""
+"""A private Slurm cluster for tests: real daemons, on virtual nodes of this machine or on hosts of
+tests.support.namespaces, with ports of its own."""
 
 from __future__ import annotations
 
 import getpass
 import os
 import re
-import shutil
 import socket
 import subprocess
 import time
@@ -13,12 +13,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "munged")
+from tests.support.debian import PATH, require
+from tests.support.namespaces import Host
+from tests.support.processes import environment, run
 
 _CONF = """\
 ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={host}
 SlurmctldPort={port}
 SlurmUser={user}
 SlurmdUser={user}
@@ -43,10 +46,10 @@ PropagateResourceLimits=NONE
 """
 
 
-def missing_programs() -> list[str]:
-    """What a cluster needs and this machine lacks (Debian: apt-get install slurm-wlm munge)."""
-    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-    return [name for name in PROGRAMS if shutil.which(name, path=path) is None]
+def require_slurm() -> None:
+    """Skip the test where there is no Slurm and none can be installed."""
+    programs = ["slurmctld", "slurmd", "sbatch", "srun", "munged"]
+    require(programs, ["slurm-wlm", "munge"], "launch/*.sbatch under a real Slurm")
 
 
 @dataclass(frozen=True)
@@ -58,76 +61,129 @@ class Job:
     log: str
 
 
+class _Node(NamedTuple):
+    """`host` is None for a virtual node, which lives on this machine's loopback network."""
+
+    name: str
+    hostname: str
+    address: str
+    port: int
+    host: Host | None
+
+    def command(self, command: Sequence[str | Path]) -> Sequence[str | Path]:
+        return command if self.host is None else self.host.command(command)
+
+
 @dataclass(frozen=True)
 class Cluster:
-    """A running cluster; its nodes share this machine's disks and its loopback network."""
+    """A running cluster."""
 
     root: Path
+    nodes: Sequence[_Node]
 
     @property
     def environment(self) -> dict[str, str]:
         """What its commands need. The names of virtual nodes mean nothing to a resolver, so
         ranks are told where to meet."""
-        return {
-            "SLURM_CONF": str(self.root / "slurm.conf"),
-            "MASTER_ADDR": "127.0.0.1",
-            "GLOO_SOCKET_IFNAME": "lo",
-        }
+        conf = {"SLURM_CONF": str(self.root / "slurm.conf")}
+        if self.nodes[0].host is not None:
+            return conf
+        return {**conf, "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
 
     def run(self, batch: Sequence[str | Path], env: Mapping[str, str], timeout: float = 90) -> Job:
         """sbatch the script and arguments `batch`, and wait for the end of the job."""
-        env = {**env, **self.environment}
-        log = self.root / "job.log"
-        command = ["sbatch", "--parsable", f"--output={log}", *map(str, batch)]
-        number = _output(command, env).strip()
-        deadline = time.monotonic() + timeout
-        while _output(["squeue", "--noheader", "--job", number], env).strip():
-            if time.monotonic() > deadline:
-                _output(["scancel", number], env)
-                raise AssertionError(f"job {number} ran longer than {timeout} s\n{log.read_text()}")
-            time.sleep(0.2)
-        shown = _output(["scontrol", "--oneliner", "show", "job", number], env)
+        return self.wait(self.submit(batch, env), timeout)
+
+    def submit(self, batch: Sequence[str | Path], env: Mapping[str, str]) -> str:
+        """The job's number. Its log is `root`/NUMBER.log."""
+        command = ["sbatch", "--parsable", f"--output={self.root}/%j.log", *batch]
+        return self.call(command, env).strip()
+
+    def wait(self, number: str, timeout: float = 90) -> Job:
+        """How the job has ended."""
+        self.wait_for(number, "", timeout)
+        shown = self.call(["scontrol", "--oneliner", "show", "job", number])
         fields = dict(re.findall(r"(JobState|ExitCode)=(\S+)", shown))
-        return Job(fields["JobState"], fields["ExitCode"], log.read_text())
+        return Job(fields["JobState"], fields["ExitCode"], self.log(number))
+
+    def wait_for(self, number: str, state: str, timeout: float = 90) -> None:
+        """Return when the queue has the job in `state`; '' is not at all."""
+        deadline = time.monotonic() + timeout
+        queue = ["squeue", "--noheader", "--format=%T", "--job", number]
+        while (found := self.call(queue).strip()) != state:
+            if time.monotonic() > deadline:
+                self.call(["scancel", number])
+                raise AssertionError(f"{found!r} for over {timeout} s\n{self.log(number)}")
+            time.sleep(0.2)
+
+    def log(self, number: str) -> str:
+        log = self.root / f"{number}.log"
+        return log.read_text() if log.exists() else ""
+
+    def call(self, command: Sequence[str | Path], env: Mapping[str, str] | None = None) -> str:
+        """What one of Slurm's commands prints, run on the first node."""
+        done = run(self.nodes[0].command(command), {**(env or environment()), **self.environment})
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        return done.stdout
 
 
 @contextmanager
-def cluster(root: Path, *, nodes: int, cpus: int, env: Mapping[str, str]) -> Iterator[Cluster]:
-    """Start a cluster of virtual nodes n1, n2 ... with its files in `root`, and stop it again."""
-    host = socket.gethostname().split(".")[0]
-    ports = _free_ports(nodes + 1)
-    for name in ("state", *(f"spool.n{number}" for number in range(1, nodes + 1))):
-        (root / name).mkdir()
+def cluster(root: Path, *, cpus: int, hosts: Sequence[Host] = ()) -> Iterator[Cluster]:
+    """Start a cluster of `hosts`, or of two virtual nodes, with its files in `root`; stop it again.
+
+    Each node has `cpus` of which a task takes one; they need not be there.
+    """
+    nodes, control = _nodes(hosts)
     key = root / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o600)
-    lines = [
-        f"NodeName=n{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} "
-        f"Sockets=1 CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=4000"
-        for number, port in enumerate(ports[1:], start=1)
-    ]
-    lines.append(f"PartitionName=test Nodes=n[1-{nodes}] Default=YES MaxTime=INFINITE State=UP")
+    (root / "state").mkdir()
     conf = root / "slurm.conf"
-    common = _CONF.format(host=host, port=ports[0], user=getpass.getuser(), root=root)
-    conf.write_text(common + "\n".join(lines) + "\n")
+    conf.write_text(_configuration(root, nodes, control, cpus))
 
-    env = {**env, "PATH": f"{env['PATH']}:/usr/sbin:/sbin", "SLURM_CONF": str(conf)}
+    env = {**environment(SLURM_CONF=str(conf)), "PATH": f"{environment()['PATH']}:{PATH}"}
     munge = ["munged", "--foreground", "--force", f"--socket={root}/munge.socket"]
     munge += [f"--{what}-file={root}/munge.{what}" for what in ("key", "pid", "log", "seed")]
     with ExitStack() as daemons:
         daemons.enter_context(_daemon(root / "munged.log", munge, env))
         _until((root / "munge.socket").exists, "munged does not answer", root)
-        control = ["slurmctld", "-D", "-c", "-f", str(conf)]
-        daemons.enter_context(_daemon(root / "slurmctld.log", control, env))
-        for number in range(1, nodes + 1):
-            command = ["slurmd", "-D", "-f", str(conf), "-N", f"n{number}"]
-            daemons.enter_context(_daemon(root / f"slurmd.n{number}.log", command, env))
-        _until(lambda: _idle(env) == nodes, "the nodes do not come up", root)
-        yield Cluster(root)
+        command = nodes[0].command(["slurmctld", "-D", "-c", "-f", conf])
+        daemons.enter_context(_daemon(root / "slurmctld.log", command, env))
+        for node in nodes:
+            (root / f"spool.{node.name}").mkdir()
+            command = node.command(["slurmd", "-D", "-f", conf, "-N", node.name])
+            daemons.enter_context(_daemon(root / f"slurmd.{node.name}.log", command, env))
+        running = Cluster(root, nodes)
+        _until(lambda: _idle(running) == len(nodes), "the nodes do not come up", root)
+        yield running
+
+
+def _nodes(hosts: Sequence[Host]) -> tuple[list[_Node], int]:
+    """The nodes, and the port of their controller, which lives on the first."""
+    if hosts:
+        return [_Node(host.name, host.name, host.address, 6818, host) for host in hosts], 6817
+    control, *ports = _free_ports(3)
+    here = socket.gethostname().split(".")[0]
+    named = enumerate(ports, start=1)
+    return [_Node(f"n{number}", here, "127.0.0.1", port, None) for number, port in named], control
+
+
+def _configuration(root: Path, nodes: Sequence[_Node], control: int, cpus: int) -> str:
+    host = f"{nodes[0].hostname}({nodes[0].address})"
+    lines = [
+        f"NodeName={node.name} NodeHostname={node.hostname} NodeAddr={node.address} "
+        f"Port={node.port} CPUs={cpus} Sockets=1 CoresPerSocket={cpus} ThreadsPerCore=1 "
+        "RealMemory=4000"
+        for node in nodes
+    ]
+    names = ",".join(node.name for node in nodes)
+    lines.append(f"PartitionName=cpu Nodes={names} Default=YES MaxTime=INFINITE State=UP")
+    common = _CONF.format(host=host, port=control, user=getpass.getuser(), root=root)
+    return common + "\n".join(lines) + "\n"
 
 
 @contextmanager
-def _daemon(log: Path, command: Sequence[str], env: Mapping[str, str]) -> Iterator[None]:
+def _daemon(log: Path, command: Sequence[str | Path], env: Mapping[str, str]) -> Iterator[None]:
     with log.open("wb") as file:
         process = subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT)
     try:
@@ -150,18 +206,12 @@ def _until(ready: Callable[[], bool], otherwise: str, root: Path, timeout: float
         time.sleep(0.1)
 
 
-def _idle(env: Mapping[str, str]) -> int:
-    states = subprocess.run(
-        ["sinfo", "--noheader", "--Node", "--format=%T"],
-        env=env, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return states.stdout.split().count("idle")
-
-
-def _output(command: Sequence[str], env: Mapping[str, str]) -> str:
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
-    return done.stdout
+def _idle(running: Cluster) -> int:
+    try:
+        states = running.call(["sinfo", "--noheader", "--Node", "--format=%T"])
+    except AssertionError:  # the controller does not answer yet
+        return 0
+    return states.split().count("idle")
 
 
 def _free_ports(count: int) -> list[int]:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import distmerge
 from distmerge.assignment import assign
-from distmerge.budget import buffer_bytes, step_elements
+from distmerge.budget import Budget, buffer_bytes, step_elements
 from distmerge.config import Config
 from distmerge.errors import OutputError
 from distmerge.log import parse_bytes
@@ -212,7 +212,7 @@ def test_a_step_fits_the_budget_or_the_least_that_would_do_is_said(
         assert least is not None
         assert step_elements(plan, parse_bytes(least[1])) >= BLOCK_ELEMENTS
         return
-    assert buffer_bytes(plan, elements) <= budget
+    assert buffer_bytes(plan, Budget(budget, elements)) <= budget
     assert elements % BLOCK_ELEMENTS == 0
     assert 0 < elements <= JOB_ELEMENTS
 

@@ -7,30 +7,52 @@ one rank, which solves and tells the others. So the bytes are those that one ran
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import TypeVar
 
 import torch
 
 from distmerge.dist import World
 from distmerge.engine import Outcome
-from distmerge.given import Filed, Tensors
-from distmerge.jobs import Handling
-from distmerge.merging import Elements, MatrixMerge, Panels
 from distmerge.methods.stages import Method, Stage
 from distmerge.planner import Plan
 from distmerge.sources.reader import Inputs
-from distmerge.spectra import described
 from distmerge.stream import Stream
+from distmerge.tasks.engine import Handling
+from distmerge.tasks.given import Filed, Tensors
+from distmerge.tasks.merging import Elements, MatrixMerge, Panels
+from distmerge.tasks.spectra import described
+from distmerge.threads import Threads
 from distmerge.writer import ShardWriter
 
 T = TypeVar("T")
 
 
+class Line:
+    """Passes tensors between ranks in a thread: this one must hear of it if another rank fails."""
+
+    def __init__(self, world: World):
+        self._world, self._thread = world, Threads(1, "line")
+
+    def pass_on(self, tensors: Tensors, source: int, target: int) -> Tensors:
+        """See World.pass_on."""
+        self._world.check()
+        return self._world.wait(self._thread.submit(self._world.pass_on, tensors, source, target))
+
+    def share(self, tensors: Tensors, source: int) -> Tensors:
+        """See World.share."""
+        self._world.check()
+        return self._world.wait(self._thread.submit(self._world.share, tensors, source))
+
+    def close(self) -> None:
+        self._thread.close()
+
+
 class Together:
     """A merging.Driver for all ranks; `solver` is the one that solves."""
 
-    def __init__(self, world: World, solver: int):
-        self._world, self._solver = world, solver
+    def __init__(self, world: World, line: Line, solver: int):
+        self._world, self._line, self._solver = world, line, solver
 
     def drive(self, method: Method[T], count: int, panel: Panels) -> T:
         try:
@@ -54,14 +76,14 @@ class Together:
             if owner == world.rank:
                 world.check()
                 part = stage.accumulate(panel(number))
-            part = world.pass_on(part, owner, self._solver)
+            part = self._line.pass_on(part, owner, self._solver)
             if world.rank == self._solver:
                 total = stage.combine(total, part) if total else part
         return total
 
     def _told(self, find: Callable[[], Tensors]) -> Tensors:
         found = find() if self._world.rank == self._solver else []
-        return self._world.share(found, self._solver)
+        return self._line.share(found, self._solver)
 
 
 def run_shared(
@@ -79,31 +101,31 @@ def run_shared(
     """
     stream = Stream(plan, elements=how.budget.elements, pinned=False, writes=False)
     nonfinite = read = 0
-    for turn, number in enumerate(jobs):
-        job = plan.jobs[number]
-        driver = Together(world, turn % world.size)
-        given = Filed(plan, number, stream, inputs, world)
-        with world.monitor.excused():
+    with closing(Line(world)) as line, world.monitor.excused():
+        for turn, number in enumerate(jobs):
+            job = plan.jobs[number]
+            driver = Together(world, line, turn % world.size)
+            given = Filed(plan, number, stream, inputs, world)
             elements = Elements(plan, given, driver, how.solver)
             merges = [
                 MatrixMerge(plan, given, matrix, elements, driver, how.solver)
                 for matrix in plan.matrices(job)
             ]
             for merge in merges:
-                _collect_products(merge, world)
-                nonfinite += _write(merge, plan, writer, world, how, owners)
-        read += given.read_bytes
-        if world.rank == 0:
-            how.spectra.add(described(plan, number, merges))
-            world.monitor.advance(plan.read_bytes(job) + plan.write_bytes(job))
+                _collect_products(merge, world, line)
+                nonfinite += _write(merge, plan, writer, world, line, how, owners)
+            read += given.read_bytes
+            if world.rank == 0:
+                how.spectra.add(described(plan, number, merges))
+                world.monitor.advance(plan.read_bytes(job) + plan.write_bytes(job))
     return Outcome(read_bytes=read + stream.read_bytes, nonfinite=nonfinite)
 
 
-def _collect_products(merge: MatrixMerge, world: World) -> None:
+def _collect_products(merge: MatrixMerge, world: World, line: Line) -> None:
     """Rank 0 reports what each rank has seen of the tasks."""
     for number in range(len(merge.pieces)):
         seen = [merge.products[number]] if number in merge.products else []
-        for products in world.pass_on(seen, number % world.size, 0):
+        for products in line.pass_on(seen, number % world.size, 0):
             merge.products[number] = products
 
 
@@ -112,6 +134,7 @@ def _write(
     plan: Plan,
     writer: ShardWriter,
     world: World,
+    line: Line,
     how: Handling,
     owners: Sequence[int] | None,
 ) -> int:
@@ -126,7 +149,7 @@ def _write(
                 world.check()
                 made, count = merge.rounded(number, output, allow_nonfinite=how.allow_nonfinite)
                 part, nonfinite = [made], nonfinite + count
-            for received in world.pass_on(part, maker, keeper):
+            for received in line.pass_on(part, maker, keeper):
                 _write_rows(writer, file, merge, number, received)
     return nonfinite
 

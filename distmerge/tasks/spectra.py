@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from distmerge.merging import MatrixMerge
 from distmerge.planner import Plan
+from distmerge.tasks.merging import MatrixMerge
 
 _PREFIX = "spectra-"
 

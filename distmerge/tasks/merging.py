@@ -16,7 +16,6 @@ import torch
 
 from distmerge.engine import overflow
 from distmerge.errors import NonFiniteError, RunError
-from distmerge.given import Given, Tensors
 from distmerge.matrices import Matrix, Piece, panels
 from distmerge.methods import masks
 from distmerge.methods.average import count_nonfinite
@@ -27,6 +26,7 @@ from distmerge.methods.task_vectors import Block, Known, Merger, TaskVectors
 from distmerge.planner import Plan
 from distmerge.spec import BLOCK_ELEMENTS, ELEMENTWISE, Task
 from distmerge.stream import Step
+from distmerge.tasks.given import Given, Tensors
 
 T = TypeVar("T")
 
@@ -241,7 +241,7 @@ class MatrixMerge:
             delta, scale = panel.merged, task.scale
         else:
             calibration, own = self._solved.calibrations[task.base]
-            delta, scale = calibration.apply(panel)[own.index(output)], 1.0
+            delta, scale = calibration.apply(panel, own.index(output)), 1.0
         delta = delta[None] if self.matrix.slices == 1 else delta
         return added(self._stored(number)[0], delta.mT if self.matrix.transposed else delta, scale)
 

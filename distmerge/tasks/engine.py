@@ -11,28 +11,39 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from functools import cached_property
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from distmerge.budget import Budget, held_bytes
 from distmerge.dist import World
 from distmerge.engine import Outcome, Sink, overflow
-from distmerge.given import Filed, Given, Loader, Tensors, viewed
 from distmerge.log import LOGGER
 from distmerge.matrices import Matrix, alone
-from distmerge.merging import Elements, MatrixMerge, Panels
 from distmerge.methods.average import count_nonfinite
 from distmerge.methods.stages import Method, drive
 from distmerge.planner import Plan
 from distmerge.sources.reader import Inputs
 from distmerge.spec import PAGE, Job
-from distmerge.spectra import Spectra, described
 from distmerge.storage import aligned_buffer
 from distmerge.stream import Step, Stream, nonfinite_input, steps, typed
+from distmerge.tasks.given import Filed, Given, Loader, Tensors, viewed
+from distmerge.tasks.merging import Elements, MatrixMerge, Panels
+from distmerge.tasks.spectra import Spectra, described
 from distmerge.threads import Threads
 
 T = TypeVar("T")
+
+
+class Handling(NamedTuple):
+    """How jobs are run: sums on `device`, task vectors on `solver`. `spectra` takes down what
+    becomes of matrices."""
+
+    budget: Budget
+    device: torch.device
+    solver: torch.device
+    allow_nonfinite: bool
+    spectra: Spectra
 
 
 class Alone:
@@ -90,19 +101,17 @@ class Outbox:
 class TaskEngine:
     """Runs the jobs of one rank that merge task vectors."""
 
-    def __init__(
-        self, plan: Plan, *, budget: Budget, device: torch.device, allow_nonfinite: bool,
-        spectra: Spectra,
-    ):  # fmt: skip
-        self._plan, self._budget, self._device = plan, budget, device
-        self._allow_nonfinite, self._spectra = allow_nonfinite, spectra
-        self._pinned = device.type == "cuda"
+    def __init__(self, plan: Plan, how: Handling):
+        self._plan, self._how, self._device = plan, how, how.solver
+        self._pinned = self._device.type == "cuda"
         self._nonfinite = self._written = 0
-        self._loader = Loader(plan, elements=budget.elements, device=device)
+        self._loader = Loader(plan, elements=how.budget.elements, device=self._device)
 
     @cached_property
     def _stream(self) -> Stream:
-        return Stream(self._plan, elements=self._budget.elements, pinned=self._pinned, writes=False)
+        return Stream(
+            self._plan, elements=self._how.budget.elements, pinned=self._pinned, writes=False
+        )
 
     def run(self, jobs: Sequence[int], inputs: Inputs, sink: Sink, world: World) -> Outcome:
         """Read, merge and write every job, in order. Raises what goes wrong in any of the three."""
@@ -121,12 +130,12 @@ class TaskEngine:
         return Outcome(read_bytes=read, written_bytes=self._written, nonfinite=self._nonfinite)
 
     def _is_held(self, number: int) -> bool:
-        return held_bytes(self._plan, self._plan.jobs[number]) <= self._budget.memory
+        return held_bytes(self._plan, self._plan.jobs[number]) <= self._how.budget.memory
 
     def _run_held(self, jobs: Sequence[int], inputs: Inputs, world: World, outbox: Outbox) -> None:
         sizes = {n: self._plan.read_bytes(self._plan.jobs[n]) for n in jobs}
         largest = max(held_bytes(self._plan, self._plan.jobs[n]) for n in jobs)
-        ahead = lambda number: largest + sizes[number] <= self._budget.memory  # noqa: E731
+        ahead = lambda number: largest + sizes[number] <= self._how.budget.memory  # noqa: E731
         with closing(self._loader.run(jobs, inputs, world, ahead)) as loaded:
             for held in loaded:
                 self._merge(held, world, outbox)
@@ -161,7 +170,7 @@ class TaskEngine:
         counts = [count_nonfinite(x) for x in inputs]
         over = 0 if any(counts) else count_nonfinite(result)
         self._nonfinite += (sum(counts) if output == 0 else 0) + over
-        if self._allow_nonfinite:
+        if self._how.allow_nonfinite:
             return
         for place, count in enumerate(counts):
             if count:
@@ -174,7 +183,7 @@ class TaskEngine:
         """Solve every matrix of the job, then write one output after the other."""
         tensor = self._plan.tensors[job.tensor]
         merges = self._solved(given, job, world)
-        self._spectra.add(described(self._plan, given.number, merges))
+        self._how.spectra.add(described(self._plan, given.number, merges))
         size = tensor.dtype.itemsize
         for output in range(len(self._plan.outputs)):
             offset = tensor.offset + job.start * size
@@ -185,12 +194,12 @@ class TaskEngine:
                 for number, piece in enumerate(merge.pieces):
                     world.check()
                     part, count = merge.rounded(
-                        number, output, allow_nonfinite=self._allow_nonfinite
+                        number, output, allow_nonfinite=self._how.allow_nonfinite
                     )
                     target[:, piece.top : piece.bottom, piece.left : piece.right] = part
                     self._nonfinite += count
             file = self._plan.file(output, tensor.shard)
-            parts = steps(self._plan, [given.number], self._budget.elements)
+            parts = steps(self._plan, [given.number], self._how.budget.elements)
             outbox.put(
                 [(file, s.offset, out[s.offset - offset :][: s.output_bytes]) for s in parts]
             )

@@ -1,0 +1,1 @@
+"""Merging task vectors: element by element, or matrix by matrix."""
