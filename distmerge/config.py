@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Literal, cast
 
 from distmerge.document import Node
-from distmerge.mergers import MERGERS, Calibration, parse_calibration
+from distmerge.mergers import MERGERS, Calibration, check_gradients, parse_calibration
 from distmerge.parameters import Parameter, parse_parameter
 from distmerge.reference import ModelRef, parse_model
 from distmerge.spec import FLOATS
@@ -190,7 +190,13 @@ def _parse_parameters(node: Node | None, known: Sequence[str]) -> dict[str, Para
         return {}
     if not known and node.value:
         node.fail("this merge_method takes no parameters here")
-    return {key: parse_parameter(value) for key, value in node.mapping(known).items()}
+    return {key: _parse_parameter(key, value) for key, value in node.mapping(known).items()}
+
+
+def _parse_parameter(key: str, node: Node) -> Parameter:
+    found = parse_parameter(node)
+    check_gradients(key, node, [conditional.anchors for conditional in found])
+    return found
 
 
 def _parse_trajectory(root: Node, keys: dict[str, Node], method: str) -> Trajectory:

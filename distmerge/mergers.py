@@ -11,11 +11,12 @@ parameters: {lambda: 0.3}
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from distmerge.document import Node
+from distmerge.errors import ConfigError
 
 Defaults = Mapping[str, float | None]
 """Of parameters, by name; None where the recipe must give one."""
@@ -45,6 +46,26 @@ MERGERS: dict[str, Merger] = {
     "iso_cts": Merger({}, {"lambda": 1.0, "common_share": 0.8}, whole=True),
     "star": Merger({}, {"lambda": 1.0, "eta": 0.4}, whole=True),
 }
+
+
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "density": (lambda x: x > 0, "a number over 0"),
+    "eta": (lambda x: 0 < x <= 1, "a number over 0 and at most 1"),
+    "common_share": (lambda x: 0 < x <= 1, "a number over 0 and at most 1"),
+    "seed": (lambda x: x >= 0 and x.is_integer(), "a whole number of at least 0"),
+}
+"""What some parameters may be, as a check and in words."""
+
+
+def check_gradients(key: str, node: Node, gradients: Sequence[Sequence[float]]) -> None:
+    """Raise ConfigError where a parameter, read from `node`, can't take one of these numbers."""
+    allowed, words = _RANGES.get(key, (lambda _: True, ""))
+    for gradient in gradients:
+        for number in gradient:
+            if not allowed(number):
+                node.fail(f"expected {words}; got {number:g}")
+        if key == "seed" and len(gradient) > 1:
+            node.fail("a seed has no gradient")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,9 +102,16 @@ def parse_calibration(node: Node) -> Calibration:
 def _alpha(node: Node | None) -> float | None:
     if node is None or node.value == "auto":
         return None
-    if isinstance(node.value, bool) or node.number() <= 0:
-        node.fail("alpha must be auto (1/K for K models) or a number over 0")
-    return node.number()
+    try:
+        alpha = 0.0 if isinstance(node.value, bool) else node.number()
+    except ConfigError:
+        alpha = 0.0
+    if alpha <= 0:
+        node.fail(
+            "expected auto (1/K for K models) or a number over 0; for several alphas write "
+            "sweep: {calibrate.alpha: [...]}"
+        )
+    return alpha
 
 
 def _patterns(node: Node | None) -> tuple[str, ...]:

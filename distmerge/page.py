@@ -81,40 +81,40 @@ def _verdict(scores: Numbers | None) -> list[str]:
     if scores is None:
         return []
     if scores["metric"] == "command":
-        by = f"the command <code>{_text(scores['command'])}</code>"
+        by = f"the command <code>{text(scores['command'])}</code>"
     else:
-        by = _text(scores["metric"])
-    on = f" on {_text(scores['text'])}" if scores["text"] else ""
+        by = text(scores["metric"])
+    on = f" on {text(scores['text'])}" if scores["text"] else ""
     sizes = [f"{scores[key]:,} {key}" for key in ("tokens", "windows") if scores[key] is not None]
     size = f" ({', '.join(sizes)})" if sizes else ""
     better = "lower is better" if scores["goal"] == "min" else "higher is better"
     return [
-        f'<div class="verdict"><p>{_text(scores["verdict"])}</p>',
+        f'<div class="verdict"><p>{text(scores["verdict"])}</p>',
         f"<p>Scored by {by}{on}{size}; {better}.</p></div>",
     ]
 
 
 def _summary(numbers: Numbers) -> list[str]:
     """What went in, what came out, and how far the steps reach, in a few sentences."""
-    count = _count(len(numbers["outputs"]), "output")
-    first = f"{_read(numbers['checkpoints'])} {count} by <code>{_text(numbers['method'])}</code>."
+    count = count(len(numbers["outputs"]), "output")
+    first = f"{_read(numbers['checkpoints'])} {count} by <code>{text(numbers['method'])}</code>."
     items = [f"<li>{_of_trend(trend)}</li>" for trend in numbers["trends"]]
     return [f"<p>{first}</p>", *(["<ul>", *items, "</ul>"] if items else [])]
 
 
 def _read(checkpoints: list[Numbers]) -> str:
     first, last = (
-        _text(c["label"]) if c["step"] is None else f"step {_text(c['step'])}"
+        text(c["label"]) if c["step"] is None else f"step {text(c['step'])}"
         for c in (checkpoints[0], checkpoints[-1])
     )
-    return f"{_count(len(checkpoints), 'checkpoint')} read, from {first} to {last}."
+    return f"{count(len(checkpoints), 'checkpoint')} read, from {first} to {last}."
 
 
 def _of_trend(trend: Numbers) -> str:
     """One merge interval, and the first component beside the random walk's."""
     shares = trend["explained"]
     merged, null = shares["merged"][:1], shares["null_merged"][:1]
-    text = f"{_text(trend['label'])}: one merge interval is {trend['interval']:.4g} long (L2)"
+    text = f"{text(trend['label'])}: one merge interval is {trend['interval']:.4g} long (L2)"
     if not merged or not null:
         return f"{text}."
     return (
@@ -138,13 +138,13 @@ def _outputs(numbers: Numbers) -> list[str]:
     decimals = _decimals(candidates.values())
     body = []
     for name in names:
-        cells = [_name(name), *(_value(rows[name]["values"].get(key)) for key in keys)]
+        cells = [name_cell(name), *(value_cell(rows[name]["values"].get(key)) for key in keys)]
         if candidates:
             cells += [*_scored(candidates.get(name), decimals), _marks(name, scores)]
-        body.append(_row(cells, "best" if name == scores["best"] else ""))
+        body.append(row(cells, "best" if name == scores["best"] else ""))
     unit = scores.get("unit")
-    note = [f'<p class="note">Scores in {_text(unit)}.</p>'] if candidates and unit else []
-    return ["<h2>Outputs</h2>", _table(header, body), *note, *_coefficients(numbers)]
+    note = [f'<p class="note">Scores in {text(unit)}.</p>'] if candidates and unit else []
+    return ["<h2>Outputs</h2>", table(header, body), *note, *_coefficients(numbers)]
 
 
 def _decimals(candidates: Iterable[Numbers]) -> int:
@@ -156,9 +156,9 @@ def _decimals(candidates: Iterable[Numbers]) -> int:
 
 def _scored(candidate: Numbers | None, decimals: int) -> list[str]:
     if candidate is None:
-        return [_value(None)] * 3
+        return [value_cell(None)] * 3
     formats = {"score": f".{decimals}f", "difference": f"+.{decimals}f", "error": f".{decimals}f"}
-    return [_float(candidate[key], pattern) for key, pattern in formats.items()]
+    return [float_cell(candidate[key], pattern) for key, pattern in formats.items()]
 
 
 def _marks(name: str, scores: Numbers) -> str:
@@ -174,9 +174,9 @@ def _coefficients(numbers: Numbers) -> list[str]:
     header = ["checkpoint", "training step", *(output["name"] or "weight" for output in outputs)]
     body = []
     for number, checkpoint in enumerate(numbers["checkpoints"]):
-        weights = (_float(output["coefficients"][number], "+.6f") for output in outputs)
-        body.append(_row([_name(checkpoint["label"]), _value(checkpoint["step"]), *weights]))
-    return [_folded("The weight of each checkpoint in each output", _table(header, body))]
+        weights = (float_cell(output["coefficients"][number], "+.6f") for output in outputs)
+        body.append(row([name_cell(checkpoint["label"]), value_cell(checkpoint["step"]), *weights]))
+    return [folded("The weight of each checkpoint in each output", table(header, body))]
 
 
 def _pictures(plots: Sequence[Plot], folder: Path) -> Iterable[str]:
@@ -186,7 +186,7 @@ def _pictures(plots: Sequence[Plot], folder: Path) -> Iterable[str]:
         data = base64.b64encode((folder / plot.name).read_bytes()).decode()
         yield (
             f'<figure><img alt="{escape(plot.title)}" src="data:image/png;base64,{data}">\n'
-            f"<figcaption>{_text(plot.caption)}</figcaption></figure>"
+            f"<figcaption>{text(plot.caption)}</figcaption></figure>"
         )
 
 
@@ -198,61 +198,18 @@ def _modules(trends: list[Numbers]) -> Iterable[str]:
         yield "<h2>Modules</h2>"
     for trend in found:
         body = [
-            _row(
+            row(
                 [
-                    _name(module["name"]),
+                    name_cell(module["name"]),
                     f'<td class="number">{module["elements"]:,}</td>',
-                    _float(module["norm"], ".4g"),
-                    _float(_rms(module), ".3e"),
+                    float_cell(module["norm"], ".4g"),
+                    float_cell(_rms(module), ".3e"),
                 ]
             )
             for module in trend["modules"]
         ]
-        yield _folded(f"A step of one merge interval: {trend['label']}", _table(header, body))
+        yield folded(f"A step of one merge interval: {trend['label']}", table(header, body))
 
 
 def _rms(module: Numbers) -> float | None:
     return module["norm"] / math.sqrt(module["elements"]) if module["elements"] else None
-
-
-def _text(value: object) -> str:
-    return escape(str(value))
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
-
-
-def _name(name: str) -> str:
-    return f"<td>{_text(name) if name else 'this folder'}</td>"
-
-
-def _value(value: object) -> str:
-    """A cell for a swept value or a step: a number, any text, or a dash for nothing."""
-    if value is None:
-        return '<td class="number">&ndash;</td>'
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return f'<td class="number">{f"{value:g}" if isinstance(value, float) else value}</td>'
-    return f'<td class="words">{_text(value)}</td>'
-
-
-def _float(value: float | None, pattern: str) -> str:
-    return _value(None) if value is None else f'<td class="number">{value:{pattern}}</td>'
-
-
-def _row(cells: Iterable[str], kind: str = "") -> str:
-    return f'<tr class="{kind}">{"".join(cells)}</tr>' if kind else f"<tr>{''.join(cells)}</tr>"
-
-
-def _table(header: list[str], rows: Iterable[str]) -> str:
-    first, *others = (_text(cell) for cell in header)
-    cells = f"<th>{first}</th>" + "".join(f'<th class="number">{cell}</th>' for cell in others)
-    lines = "\n".join(rows)
-    return (
-        f'<div class="wide"><table>\n<thead><tr>{cells}</tr></thead>\n'
-        f"<tbody>\n{lines}\n</tbody></table></div>"
-    )
-
-
-def _folded(title: str, content: str) -> str:
-    return f"<details><summary>{_text(title)}</summary>\n{content}</details>"

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from distmerge import collector
 from distmerge.config import Config
+from distmerge.errors import ConfigError
 from distmerge.layout import index_json, lay_out
 from distmerge.matrices import Matrix, flops, matrices
 from distmerge.matrices import jobs as jobs_of
@@ -140,7 +141,8 @@ class Plan:
 def build_plan(recipe: Recipe, sources: Sources, *, shard_bytes: int) -> Plan:
     """Lay out the outputs and cut them into jobs.
 
-    Raises MismatchError or ConfigError (see rules.contents).
+    Raises MismatchError or ConfigError (see rules.contents), or ConfigError where two outputs
+    would be the same.
     """
     tensors, shards = lay_out(contents(recipe, sources), shard_bytes)
     outputs = tuple(
@@ -149,6 +151,7 @@ def build_plan(recipe: Recipe, sources: Sources, *, shard_bytes: int) -> Plan:
             zip(recipe.variants, sources.inputs, strict=True)
         )
     )
+    _check_distinct(outputs)
     return Plan(
         inputs=sources.checkpoints,
         donor=sources.donor,
@@ -160,6 +163,14 @@ def build_plan(recipe: Recipe, sources: Sources, *, shard_bytes: int) -> Plan:
         widths=_widths(sources.checkpoints, tensors, len(outputs)),
         digest=outputs[0].digest if len(outputs) == 1 else _joint_digest(outputs),
     )
+
+
+def _check_distinct(outputs: Sequence[Output]) -> None:
+    """Raise ConfigError where two outputs would be the same, as their digests show."""
+    first: dict[str, str] = {}
+    for output in outputs:
+        if (other := first.setdefault(output.digest, output.name)) != output.name:
+            raise ConfigError(f"sweep: {output.name} gives the same bytes as {other}; leave it out")
 
 
 @collector.paused()

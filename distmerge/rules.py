@@ -166,7 +166,11 @@ def _absence(
         nowhere = specs[sources.donor] is None and not all(map(partial(_holds, specs), rows))
         return f"{name}: no input of one of the outputs holds it" if nowhere else None
     lacking = ", ".join(sources.checkpoints[i].label for i in absent[:3])
-    return f"{name}: not in {lacking} (the recipe's missing: donor or present would allow it)"
+    ways = ["donor"] if specs[sources.donor] is not None else []
+    if config.extrapolation is None and config.merge_method not in MERGERS:
+        ways.append("present")
+    remedy = f" (the recipe's missing: {' or '.join(ways)} would allow it)" if ways else ""
+    return f"{name}: not in {lacking}{remedy}"
 
 
 def _holds(specs: Sequence[TensorSpec | None], row: Row) -> bool:

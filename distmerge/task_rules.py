@@ -11,7 +11,7 @@ from distmerge.matrices import Shape, is_matrix, is_transposed
 from distmerge.mergers import MERGERS
 from distmerge.parameters import Layers, evaluate
 from distmerge.sources.resolve import Sources
-from distmerge.spec import Cut, Rule, Task
+from distmerge.spec import ELEMENTWISE, Cut, Rule, Task
 from distmerge.sweep import Recipe
 
 _NO_SUM = 1e-8
@@ -42,17 +42,23 @@ class TaskRules:
         self._cuts = {name: cut for name in names if (cut := self._cut(name, sources))}
         if self._config.calibration and not self._cuts:
             raise ConfigError("calibrate: it leaves no matrix to calibrate; see include:")
+        for pattern, _ in self._split:
+            if not any(fnmatchcase(name, pattern) for name in self._cuts):
+                raise ConfigError(
+                    f"calibrate.split: {pattern!r} matches no matrix that is calibrated"
+                    f"{_first([*self._cuts])}"
+                )
 
     def _patterns(self) -> list[tuple[str, str]]:
         c = self._config.calibration
         if c is None:
             return []
-        listed = (
-            ("include", c.include),
-            ("exclude", c.exclude),
-            ("split", [p for p, _ in c.split]),
-        )
+        listed = (("include", c.include), ("exclude", c.exclude))
         return [(key, pattern) for key, patterns in listed for pattern in patterns]
+
+    @property
+    def _split(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        return self._config.calibration.split if self._config.calibration else ()
 
     def rule(self, name: str, sum_rule: Callable[[Sequence[Terms]], Rule]) -> Rule:
         """How the float tensor `name` comes about, in every output; all inputs hold it."""
@@ -84,14 +90,14 @@ class TaskRules:
             return tuple(self._own(config, number, key, name, position) for number in self._tasks)
 
         count = len(self._tasks)
-        weighted = "weight" in merger.own
+        weighted, sparse = "weight" in merger.own, method in ELEMENTWISE
         alike = 1.0 if method == "expo" else 1.0 / count
         return Task(
             method=method,
             weights=own("weight") if weighted else (alike,) * count,
-            densities=tuple(map(_density, own("density"))) if weighted else (1.0,) * count,
+            densities=tuple(min(x, 1.0) for x in own("density")) if sparse else (1.0,) * count,
             normalize=shared("normalize", 0.0) != 0.0,
-            rescale=shared("rescale", 0.0) != 0.0,
+            rescale=sparse and shared("rescale", 0.0) != 0.0,
             seed=int(shared("seed", 0.0)),
             share=shared("eta" if method == "star" else "common_share", 1.0),
             scale=shared("alpha" if method == "expo" else "lambda", 1.0),
@@ -141,8 +147,7 @@ class TaskRules:
 
     def _parts(self, name: str, shape: Shape, *, transposed: bool) -> tuple[int, ...]:
         outputs = shape[-1] if transposed else shape[-2]
-        split = self._config.calibration.split if self._config.calibration else ()
-        for pattern, rows in split:
+        for pattern, rows in self._split:
             if not fnmatchcase(name, pattern):
                 continue
             if len(rows) == 1 and outputs % rows[0] == 0:
@@ -154,12 +159,6 @@ class TaskRules:
                 )
             return rows
         return (outputs,)
-
-
-def _density(value: float) -> float:
-    if value <= 0:
-        raise ConfigError(f"parameters.density: expected a number over 0; got {value:g}")
-    return min(value, 1.0)
 
 
 def _first(names: Sequence[str]) -> str:

@@ -19,9 +19,6 @@ from distmerge.plots import canvas
 from distmerge.plots.canvas import LINES, WIDTH, Plot, clean
 from distmerge.plots.reading import Numbers, shown
 
-LAYER = re.compile(r"(?:(?P<stack>.*?)\.)??(?P<layer>\d+)(?:\.(?P<kind>.*))?")
-"""'model.layers.3.mlp': the first number is that of the layer."""
-
 LOG_BEYOND = 5.0
 """From this ratio on the scale is logarithmic: layer norms often move far more than matrices."""
 

@@ -92,7 +92,7 @@ class Elements:
             yield Block(step.start + start, parts[0].shape[1], parts[0], parts[1:])
 
     def _moved(self, x: torch.Tensor) -> torch.Tensor:
-        return x.to(self._device, non_blocking=True)
+        return moved(x, self._device)
 
     def merge(self, base: Task, block: Block, out: torch.Tensor) -> torch.Tensor:
         """out = the merged task vectors of `block`; a scalar that is finite if all went well."""
@@ -116,6 +116,11 @@ class Elements:
                 out.copy_(result[0])
                 sound[number] &= bool((check + out.sum(dtype=result.dtype)).isfinite())
         return sound
+
+
+def moved(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`x` on `device`. To a GPU in its stream's order; on the way back, nothing would wait."""
+    return x.to(device, non_blocking=device.type == "cuda")
 
 
 def added(base: torch.Tensor, delta: torch.Tensor, scale: float) -> torch.Tensor:
@@ -192,7 +197,7 @@ class MatrixMerge:
         """A panel of every input, as it is stored; kept until another is asked for."""
         if self._now is None or self._now[0] != number:
             inputs = self._given.cutout(self.matrix, self.pieces[number])
-            self._now = number, [x.to(self._device, non_blocking=True) for x in inputs]
+            self._now = number, [moved(x, self._device) for x in inputs]
         return self._now[1]
 
     def _turned(self, x: torch.Tensor) -> torch.Tensor:
@@ -215,10 +220,12 @@ class MatrixMerge:
     def _nonfinite(self, place: int, count: int, piece: Piece) -> NonFiniteError:
         source = self._plan.inputs[self.tensor.rule.inputs[place]]
         file = source.files[source.tensors[self.tensor.name].file].path
+        calibrated = self.tensor.rule.tasks[0].alpha is not None
+        remedy = ", or name the tensor under calibrate.exclude" if calibrated else ""
         return NonFiniteError(
             f"{file}: tensor {self.tensor.name} holds {count} NaN or Inf in rows {piece.top} to "
             f"{piece.bottom - 1}, columns {piece.left} to {piece.right - 1}: it has no singular "
-            "values; exclude it from what is calibrated, or mend the input"
+            f"values; mend the input{remedy}"
         )
 
     def _merged(self, number: int, base: Task, stored: Tensors, deltas: Tensors) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""From OUT to a repository on the Hub, at the end of a merge or while it goes on."""
