@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import re
+import resource
 import shlex
 import shutil
 import subprocess
@@ -96,7 +97,80 @@ def whole(work: Work, command: list[str]) -> Run:
     for model in work.models:
         set_cached(model / "model.safetensors", warm=True)
     os.sync()
+    before = cpu_seconds()
     wall, peaks, text = execute(command)
+    cpu = cpu_seconds() - before
+    ours = re.search(r"wrote .* in ([\d.]+) s", text)
+    own = {"pass_s": float(ours[1])} if ours else json.loads(text.splitlines()[-1])
+    out = work.folder / "out"
+    error = error_of(work, out / "model.safetensors")
+    shutil.rmtree(out)
+    return {
+        "wall_s": wall,
+        "cpu_s": cpu,
+        **own,
+        "peak_bytes": peaks.bytes,
+        "error": error,
+        "command": shlex.join(command),
+    }
+
+
+def cpu_seconds() -> float:
+    """User and system time of all processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def alone(self) -> list[str]:
+        return [f"model.layers.0.{part}.weight" for part in ALONE]
+
+    @property
+    def arguments(self) -> list[str]:
+        numbers = ["--scale", str(SCALE), "--alpha", str(ALPHA)]
+        return [*map(str, self.models), "--out", str(self.folder / "out"), *numbers]
+
+    def recipe(self, out_dtype: str) -> Path:
+        base, *tasks = (str(each.resolve()) for each in self.models)
+        content = {
+            "merge_method": "task_arithmetic",
+            "base_model": base,
+            "models": [{"model": task, "parameters": {"weight": 1.0}} for task in tasks],
+            "parameters": {"lambda": SCALE},
+            "calibrate": {"method": "svc", "alpha": ALPHA},
+            "out_dtype": out_dtype,
+        }
+        path = self.folder / f"{out_dtype}.yaml"
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
+        return path
+
+    def merge(self, ranks: int, out_dtype: str = "bfloat16") -> list[str]:
+        torchrun = [".venv/bin/torchrun", f"--nproc-per-node={ranks}", "-m", "distmerge"]
+        program = [".venv/bin/distmerge"] if ranks == 1 else torchrun
+        return [*program, "merge", str(self.recipe(out_dtype)), str(self.folder / "out")]
+
+    def peer(self, threads: int, *arguments: str) -> list[str]:
+        program = ["env", f"OMP_NUM_THREADS={threads}", PEER, "benchmarks/fusion_bench_svc.py"]
+        return [*program, *self.arguments, *arguments]
+
+
+def one_round(work: Work) -> Iterator[Run]:
+    """Everything once, with the inputs in the page cache."""
+    for ranks in (1, 2):
+        yield {"contestant": f"distmerge-{ranks}", **whole(work, work.merge(ranks))}
+        yield {"contestant": f"peer, threads: {ranks}", **whole(work, work.peer(ranks))}
+    ours = [".venv/bin/python", "-m", "benchmarks.svc_alone", *work.arguments]
+    yield {"contestant": "alone", **alone(work, [*ours, "--alone", *work.alone])}
+    yield {"contestant": "alone, peer", **alone(work, work.peer(1, "--alone", *work.alone))}
+
+
+def whole(work: Work, command: list[str]) -> Run:
+    """Seconds and memory of a program, what it says of itself, and the error of its output."""
+    for model in work.models:
+        set_cached(model / "model.safetensors", warm=True)
+    os.sync()
+    before = cpu_seconds()
+    wall, peaks, text = execute(command)
+    cpu = cpu_seconds() - before
     ours = re.search(r"wrote .* in ([\d.]+) s", text)
     own = {"pass_s": float(ours[1])} if ours else json.loads(text.splitlines()[-1])
     out = work.folder / "out"
@@ -205,11 +279,11 @@ def about(work: Work) -> dict[str, str]:
 LEGEND = """\
 Seconds are medians over the rounds, with the least and the most; ratios are medians of the ratios
 within each round. A process is all from start to exit; a pass is reading, computing and writing,
-by each program's own clock, without the start of Python, of torchrun and the imports (and, on the
-peer's side, not the hashing and syncing, which it doesn't do). Peak is the highest VmHWM of any
-one process. The error is that of the calibrated deltas in the output, relative to those by an SVD
-in float64; outputs in bfloat16 have its rounding, and the peer also rounds what it calibrates.
-Inputs are in the page cache. Ranks have one thread each.
+by each program's own clock, without the start of Python, of torchrun and the imports; ours hashes
+and syncs its output too. CPU is user and system time of all processes. Peak is the highest VmHWM
+of any one process. The error is that of the calibrated deltas in the output, relative to those by
+an SVD in float64; outputs in bfloat16 have its rounding, and the peer also rounds what it
+calibrates. Inputs are in the page cache. Ranks have one thread each.
 """
 
 
@@ -223,7 +297,8 @@ def markdown(facts: dict[str, str], work: Work, runs: list[Run]) -> str:
 
 
 def whole_table(runs: list[Run]) -> str:
-    head = ["", "process s", "peer's / this", "pass s", "peer's / this", "peak MB", "error"]
+    head = ["", "process s", "peer's / this", "pass s", "peer's / this", "CPU s", "peak MB"]
+    head.append("error")
     rows = [head, ["---"] + ["---:"] * (len(head) - 1)]
     peer = group(runs, "peer, threads: 1")
     for name in dict.fromkeys(run["contestant"] for run in runs if "wall_s" in run):
@@ -232,8 +307,9 @@ def whole_table(runs: list[Run]) -> str:
         cells = [name]
         for key in ("wall_s", "pass_s"):
             cells += [spread([run[key] for run in own]), ratio(peer, own, key) if timed else ""]
-        peak = max(run["peak_bytes"] for run in own) / 1e6
-        rows.append([*cells, f"{peak:.0f}", f"{max(run['error'] for run in own):.1e}"])
+        cells.append(spread([run["cpu_s"] for run in own]))
+        cells.append(f"{max(run['peak_bytes'] for run in own) / 1e6:.0f}")
+        rows.append([*cells, f"{max(run['error'] for run in own):.1e}"])
     return table(rows)
 
 
@@ -285,7 +361,7 @@ def table(rows: list[list[str]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="paths are relative to the repository root")
     parser.add_argument("--rounds", type=int, default=3)
-    for name, default in (("hidden", 2048), ("kv", 512), ("intermediate", 5632), ("layers", 2)):
+    for name, default in (("hidden", 2048), ("kv", 512), ("intermediate", 7168), ("layers", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--workdir", type=Path, default=Path("runs/bench/svc"))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))

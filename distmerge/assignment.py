@@ -5,43 +5,74 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_left
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Hashable, Sequence
 from itertools import accumulate, pairwise
 
+from distmerge.matrices import BATCH_ELEMENTS
 from distmerge.planner import Plan
+from distmerge.spec import ELEMENTWISE
 
 
 def assign(plan: Plan, ranks: int, done: Container[int] = ()) -> list[list[int]]:
     """The jobs of each rank, without those `done`.
 
-    Matrices are dealt out by cost, the longest first. All else is cut into contiguous stretches of
-    the outputs that level the ranks: contiguous, because a rank then reads and writes sequentially
-    and mostly in shards of its own; level to within one job, because most jobs are small beside a
-    rank's share. Each rank has its sums and copies first, then its task vectors, in file order.
+    Matrices (small ones in batches) are dealt out by cost, the longest first. All else is cut into
+    contiguous stretches of the outputs that level the ranks: contiguous, because a rank then reads
+    and writes sequentially and mostly in shards of its own; level to within one job, because most
+    jobs are small beside a rank's share. Each rank has its sums and copies first, then what merges
+    task vectors by element, then its matrices, each in file order.
     """
     jobs = [number for number in range(len(plan.jobs)) if number not in done]
-    whole = {n for n in jobs if plan.tensors[plan.jobs[n].tensor].rule.cut}
     costs = {number: plan.cost(plan.jobs[number]) for number in jobs}
-    dealt, loads = _longest_first(sorted(whole), costs, ranks)
+    together = [[n for n in batch if n in costs] for batch in batches(plan)]
+    together = [batch for batch in together if batch]
+    dealt, loads = _longest_first([sum(costs[n] for n in batch) for batch in together], ranks)
+    whole = {number for batch in together for number in batch}
     rest = [number for number in jobs if number not in whole]
     stretches = _dealt(rest, [costs[number] for number in rest], loads)
-
     return [
-        sorted(sorted([*mine, *stretch]), key=lambda number: plan.on_tasks(plan.jobs[number]))
+        [
+            *sorted(stretch, key=lambda number: plan.on_tasks(plan.jobs[number])),
+            *(number for batch in sorted(mine) for number in together[batch]),
+        ]
         for mine, stretch in zip(dealt, stretches, strict=True)
     ]
 
 
-def _longest_first(
-    jobs: Sequence[int], costs: Mapping[int, float], ranks: int
-) -> tuple[list[list[int]], list[float]]:
-    """Each job, the costliest first, goes to the rank with the least; and what each then has."""
+def whole_batches(plan: Plan, done: Container[int]) -> set[int]:
+    """Of the jobs `done`, those whose batch is done: a part of a batch may get other last bits."""
+    partly = {n for batch in batches(plan) if not all(m in done for m in batch) for n in batch}
+    return {n for n in range(len(plan.jobs)) if n in done and n not in partly}
+
+
+def batches(plan: Plan) -> list[list[int]]:
+    """The jobs of matrices, those together that a GPU takes as one batch: small ones of one shape
+    that come about in the same way. Not by element: their thresholds are those of a tensor."""
+    alike: dict[Hashable, list[list[int]]] = {}
+    for number, job in enumerate(plan.jobs):
+        tensor = plan.tensors[job.tensor]
+        rule, size = tensor.rule, job.stop - job.start
+        if rule.cut is None:
+            continue
+        small = len(tensor.shape) == 2 and 2 * size <= BATCH_ELEMENTS
+        alone = not small or len(plan.matrices(job)) > 1 or rule.tasks[0].method in ELEMENTWISE
+        dtypes = tuple(plan.inputs[i].tensors[tensor.name].dtype.name for i in rule.inputs)
+        found = alike.setdefault((tensor.shape, size, tensor.dtype.name, dtypes, rule), [[]])
+        if alone or (len(found[-1]) + 1) * size > BATCH_ELEMENTS:
+            found.append([])
+        found[-1].append(number)
+    return sorted(batch for found in alike.values() for batch in found if batch)
+
+
+def _longest_first(costs: Sequence[float], ranks: int) -> tuple[list[list[int]], list[float]]:
+    """Each piece of work, the costliest first, goes to the rank with the least; and what each then
+    has."""
     dealt: list[list[int]] = [[] for _ in range(ranks)]
     waiting = [(0.0, rank) for rank in range(ranks)]
-    for job in sorted(jobs, key=lambda job: -costs[job]):
+    for number in sorted(range(len(costs)), key=lambda number: -costs[number]):
         load, rank = heapq.heappop(waiting)
-        dealt[rank].append(job)
-        heapq.heappush(waiting, (load + costs[job], rank))
+        dealt[rank].append(number)
+        heapq.heappush(waiting, (load + costs[number], rank))
     return dealt, [load for load, _ in sorted(waiting, key=lambda entry: entry[1])]
 
 

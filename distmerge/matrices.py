@@ -26,8 +26,9 @@ _CONV1D = ("*.c_attn.weight", "*.c_proj.weight", "*.c_fc.weight", "*.q_attn.weig
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _TRANSPOSED_EXPERTS = ("llama4", "llama4_text", "gpt_oss")
 
-_STACK_ELEMENTS = 16 * 2**20
-"""Of so many elements are the slices of a stack that are one job; a GPU takes them as a batch."""
+BATCH_ELEMENTS = 16 * 2**20
+"""So many elements have small matrices together that a GPU takes at once: slices of a stack, or
+tensors of one shape."""
 
 _LEAST_PANEL = 512
 
@@ -125,7 +126,7 @@ def jobs(shape: Shape, cut: Cut | None) -> Iterator[tuple[int, int]]:
     if cut is None or (len(shape) == 2 and cut.transposed):
         yield 0, math.prod(shape)
     elif len(shape) == 3:
-        slices = max(1, _STACK_ELEMENTS // (rows * columns))
+        slices = max(1, BATCH_ELEMENTS // (rows * columns))
         for first in range(0, shape[0], slices):
             last = min(first + slices, shape[0])
             yield first * rows * columns, last * rows * columns

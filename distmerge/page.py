@@ -9,10 +9,16 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distmerge.markup import count, float_cell, folded, name_cell, row, table, text, value_cell
+from distmerge.page_spectra import matrices
+
 if TYPE_CHECKING:
     from distmerge.plots import Plot
 
 Numbers = dict[str, Any]
+
+MAX_NAMES = 16
+"""Models that are named in the summary."""
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d1f23; --soft: #5c6370; --line: #d9dce1;
@@ -70,6 +76,7 @@ def html(numbers: Numbers, plots: Sequence[Plot], folder: Path) -> str:
         *_outputs(numbers),
         *_pictures(plots, folder),
         *_modules(numbers["trends"]),
+        *matrices(numbers["spectra"]),
         "</body>\n</html>\n",
     ]
     # A file name that is not valid UTF-8 leaves lone surrogates, which no file can hold.
@@ -96,29 +103,40 @@ def _verdict(scores: Numbers | None) -> list[str]:
 
 def _summary(numbers: Numbers) -> list[str]:
     """What went in, what came out, and how far the steps reach, in a few sentences."""
-    count = count(len(numbers["outputs"]), "output")
-    first = f"{_read(numbers['checkpoints'])} {count} by <code>{text(numbers['method'])}</code>."
+    outputs = count(len(numbers["outputs"]), "output")
+    first = f"{_read(numbers)} {outputs} by <code>{text(numbers['method'])}</code>."
     items = [f"<li>{_of_trend(trend)}</li>" for trend in numbers["trends"]]
     return [f"<p>{first}</p>", *(["<ul>", *items, "</ul>"] if items else [])]
 
 
-def _read(checkpoints: list[Numbers]) -> str:
+def _read(numbers: Numbers) -> str:
+    """What was read: of checkpoints the first and the last, of models their names."""
+    checkpoints = numbers["checkpoints"]
+    labels = [text(one["label"]) for one in checkpoints]
+    if numbers["base"] is not None:
+        return f"{_listed(labels)} merged into {text(numbers['base'])}."
     first, last = (
-        text(c["label"]) if c["step"] is None else f"step {text(c['step'])}"
-        for c in (checkpoints[0], checkpoints[-1])
+        label if one["step"] is None else f"step {text(one['step'])}"
+        for label, one in ((labels[n], checkpoints[n]) for n in (0, -1))
     )
     return f"{count(len(checkpoints), 'checkpoint')} read, from {first} to {last}."
+
+
+def _listed(labels: list[str]) -> str:
+    shown = ", ".join(labels[:MAX_NAMES])
+    more = f" and {len(labels) - MAX_NAMES} more" if len(labels) > MAX_NAMES else ""
+    return f"{count(len(labels), 'model')} ({shown}{more})"
 
 
 def _of_trend(trend: Numbers) -> str:
     """One merge interval, and the first component beside the random walk's."""
     shares = trend["explained"]
     merged, null = shares["merged"][:1], shares["null_merged"][:1]
-    text = f"{text(trend['label'])}: one merge interval is {trend['interval']:.4g} long (L2)"
+    first = f"{text(trend['label'])}: one merge interval is {trend['interval']:.4g} long (L2)"
     if not merged or not null:
-        return f"{text}."
+        return f"{first}."
     return (
-        f"{text}; the first component holds {100 * merged[0]:.0f}&nbsp;% of the variance of the "
+        f"{first}; the first component holds {100 * merged[0]:.0f}&nbsp;% of the variance of the "
         f"merged checkpoints, and {100 * null[0]:.0f}&nbsp;% of that of a random walk under the "
         "same window."
     )
@@ -130,7 +148,7 @@ def _outputs(numbers: Numbers) -> list[str]:
     candidates = {c["name"]: c for c in scores["candidates"]}
     outputs = {output["name"]: output for output in numbers["outputs"]}
     rows = {**candidates, **outputs}  # values by name; an output's own come before a candidate's
-    keys = list(dict.fromkeys(key for row in rows.values() for key in row["values"]))
+    keys = list(dict.fromkeys(key for one in rows.values() for key in one["values"]))
     names = [*outputs, *(name for name in candidates if name not in outputs)]
     header = ["output", *keys]
     if candidates:
@@ -168,7 +186,7 @@ def _marks(name: str, scores: Numbers) -> str:
 
 def _coefficients(numbers: Numbers) -> list[str]:
     """One column for each output; the reader opens it."""
-    outputs = numbers["outputs"]
+    outputs = [output for output in numbers["outputs"] if output["coefficients"]]
     if not outputs:
         return []
     header = ["checkpoint", "training step", *(output["name"] or "weight" for output in outputs)]

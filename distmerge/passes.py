@@ -18,7 +18,7 @@ import torch
 
 from distmerge import output
 from distmerge.assembly import AssembleMode, Assembly, GatherSink, assembly, messages, who_sees
-from distmerge.assignment import assign, assign_trend
+from distmerge.assignment import assign, assign_trend, whole_batches
 from distmerge.attempt import Attempt
 from distmerge.budget import Budget, budget, default_memory, over_budget
 from distmerge.dist import World
@@ -103,6 +103,8 @@ def merge_pass(world: World, plan: Plan, means: Means, attempt: Attempt) -> Done
     allowed = _agreed_budget(world, plan, means.memory)
     seen = who_sees(world, attempt, means.assemble)
     finished = _finished(world, plan, attempt, seen)
+    if means.solver.type == "cuda":
+        finished = frozenset(whole_batches(plan, finished))
     shared = [n for n in over_budget(plan, allowed) if n not in finished]
     assignment = assign(plan, world.size, {*finished, *shared})
     where = assembly(plan, assignment, seen, means.assemble)

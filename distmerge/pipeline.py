@@ -163,7 +163,7 @@ def _make(
     )
     plan, statistic = find_coefficients(world, recipe, plan, means, (target, attempt))
     done = merge_pass(world, plan, means, attempt)
-    world.on_first("keep the spectra", lambda: reports.keep_spectra(folder, done.spectra))
+    world.on_first("keep the spectra", lambda: reports.keep_spectra(folder, plan, done.spectra))
     recipes = _carried_out(recipe, sources)
     world.on_first(
         "finish the output", lambda: output.complete(folder, plan, beside, done.shards, recipes)
@@ -339,7 +339,8 @@ def _publish(publisher: Publisher | None, target: Path, *, shown: bool) -> Publi
 
 
 def _report(recipe: Recipe, target: Path) -> Path | None:
-    """The page, where there is a direction or a choice to show."""
-    if recipe.shared.extrapolation is None and recipe.selection is None:
+    """The page, where there is a direction, matrices or a choice to show."""
+    matrices = (target / reports.FOLDER / reports.SPECTRA).is_file()
+    if recipe.shared.extrapolation is None and recipe.selection is None and not matrices:
         return None
     return reports.make(target)

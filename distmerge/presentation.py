@@ -102,7 +102,7 @@ def describe(plan: Plan, *, ranks: int, memory: str | None) -> Described:
     given = parse_bytes(memory) if memory else default_memory(plan, sys.maxsize)
     allowed = budget(plan, given)
     rows = [_rank(plan, number, jobs) for number, jobs in enumerate(assign(plan, ranks))]
-    costs = [row["read_bytes"] + row["write_bytes"] for row in rows]
+    costs = [row.pop("cost") for row in rows]
     mean = sum(costs) / len(costs)
     return {
         "digest": plan.digest,
@@ -123,6 +123,7 @@ def describe(plan: Plan, *, ranks: int, memory: str | None) -> Described:
         "tensors_by_rule": _by_rule(plan),
         "shards": [{"name": shard.name, "bytes": shard.size} for shard in plan.shards],
         "jobs": len(plan.jobs),
+        "matrices": sum(m.slices for job in plan.jobs for m in plan.matrices(job)),
         "ranks": rows,
         "balance": max(costs) / mean if mean else 1.0,
         "memory_bytes": buffer_bytes(plan, allowed),
@@ -136,6 +137,7 @@ def _rank(plan: Plan, number: int, jobs: Sequence[int]) -> Described:
     return {
         "rank": number,
         "jobs": len(jobs),
+        "cost": sum(plan.cost(plan.jobs[j]) for j in jobs),
         "read_bytes": sum(plan.read_bytes(plan.jobs[j]) for j in jobs),
         "write_bytes": sum(plan.write_bytes(plan.jobs[j]) for j in jobs),
     }
@@ -144,7 +146,8 @@ def _rank(plan: Plan, number: int, jobs: Sequence[int]) -> Described:
 def _by_rule(plan: Plan) -> dict[str, int]:
     """How many tensors are summed, copied, or summed from fewer inputs than most."""
     widest = max((len(t.rule.inputs) for t in plan.tensors if t.rule.kind == "sum"), default=0)
-    counts = dict.fromkeys(("sum", "sum of fewer inputs", "trend", "tasks", "equal", "copy"), 0)
+    kinds = ("sum", "sum of fewer inputs", "trend", "tasks", "equal", "copy")
+    counts = dict.fromkeys(kinds, 0)
     for tensor in plan.tensors:
         fewer = tensor.rule.kind == "sum" and len(tensor.rule.inputs) < widest
         counts["sum of fewer inputs" if fewer else tensor.rule.kind] += 1
@@ -175,6 +178,8 @@ def plan_text(described: Described) -> str:
     ]
     shards = [[row["name"], format_bytes(row["bytes"])] for row in described["shards"]]
     rules = ", ".join(f"{count} {name}" for name, count in described["tensors_by_rule"].items())
+    if described["matrices"]:
+        rules += f"; {_count(described['matrices'], 'matrix', 'matrices')} looked at as a whole"
     return "\n".join(
         [
             "Inputs (* gives config and tokenizer)",
@@ -185,7 +190,7 @@ def plan_text(described: Described) -> str:
             *_table(["shard", "bytes"], shards),
             "",
             f"Ranks: {described['jobs']} jobs; the busiest has {described['balance']:.2f} "
-            "of the mean",
+            "of the mean cost",
             *_table(["rank", "jobs", "read", "write"], ranks),
             "",
             *_statistic_text(described["statistic_bytes"]),
@@ -246,5 +251,5 @@ def _table(header: list[str], rows: list[list[str]], *, shown: int = SHOWN) -> l
     ]
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
+def _count(number: int, noun: str, plural: str = "") -> str:
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"

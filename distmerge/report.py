@@ -1,7 +1,8 @@
 """OUT/report: the page, the plots and the numbers of a run, made from what lies in OUT.
 
-gram.safetensors (the statistic) and scores.json (the choice) are primary, as are the manifests;
-report.json, the plots and report.html follow from them and can be made again.
+gram.safetensors (the statistic), spectra.json (what became of matrices) and scores.json (the
+choice) are primary, as are the manifests; report.json, the plots and report.html follow from them
+and can be made again.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from distmerge.document import load
 from distmerge.errors import DistmergeError, OutputError
 from distmerge.gram import Gram
 from distmerge.manifest import output_names, read
+from distmerge.mergers import MERGERS
 from distmerge.methods.extrapolate import Trend, cosines, null_shares, plane
 from distmerge.output import MANIFEST, replace_link, replace_text
+from distmerge.planner import Plan
+from distmerge.report_spectra import kept, summed_up
 from distmerge.sweep import swept_values
 from distmerge.trend import Setting, find_trends, setting
 
@@ -33,15 +37,36 @@ NUMBERS = "report.json"
 PAGE = "report.html"
 BEST = "best"
 
+METHODS = {
+    "average": "Average",
+    "extra_merge": "Extra-Merge",
+    "linear": "Weighted sum",
+    "task_arithmetic": "Task arithmetic",
+    "ties": "TIES",
+    "dare_linear": "DARE",
+    "dare_ties": "DARE with TIES",
+    "expo": "ExPO",
+    "tsv_m": "TSV-M",
+    "iso_c": "Iso-C",
+    "iso_cts": "Iso-CTS",
+    "star": "STAR",
+}
+"""What people call them."""
+
+MAX_SHOWN = 4
+"""Outputs whose matrices are shown module by module, where none was chosen."""
+
 Numbers = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Made:
-    """One output: its name, the inputs that its manifest lists, its recipe."""
+    """One output: its name, the inputs that its manifest lists, which of these is the donor, its
+    recipe."""
 
     name: str
     inputs: list[dict[str, Any]]
+    donor: int
     recipe: dict[str, Any]
 
     @property
@@ -72,10 +97,10 @@ def clear(out: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def keep_spectra(folder: Path, spectra: Sequence[Numbers]) -> None:
-    """Write what became of every matrix into a complete output's report, if there is any."""
-    if spectra:
-        replace_text(_folder(folder) / SPECTRA, json.dumps(list(spectra), indent=0) + "\n")
+def keep_spectra(out: Path, plan: Plan, spectra: Sequence[Numbers]) -> None:
+    """Write what became of every matrix, if the plan has any, into the report of `out`."""
+    if content := kept(plan, spectra):
+        replace_text(_folder(out) / SPECTRA, json.dumps(content, indent=0) + "\n")
 
 
 def keep_scores(out: Path, scores: dict[str, Any]) -> None:
@@ -102,7 +127,8 @@ def numbers(out: Path) -> Numbers:
         scores = out / FOLDER / SCORES
         found = _numbers(outputs, method, gram)
         found["scores"] = json.loads(scores.read_bytes()) if scores.is_file() else None
-    except (OSError, ValueError, KeyError, TypeError, DistmergeError) as error:
+        found["spectra"] = _spectra(out / FOLDER / SPECTRA, found)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, DistmergeError) as error:
         raise OutputError(f"{out}: no report can be made: {error}") from error
     return found
 
@@ -112,14 +138,15 @@ def _outputs(out: Path) -> list[_Made]:
     for name in output_names(out):
         manifest = read(out / name)
         try:
-            made.append(_Made(name=name, inputs=manifest["inputs"], recipe=manifest["recipe"]))
+            inputs, donor, recipe = manifest["inputs"], manifest["donor"], manifest["recipe"]
         except KeyError as error:
             raise OutputError(f"{out / name / MANIFEST}: {error} is missing") from error
+        made.append(_Made(name=name, inputs=inputs, donor=donor, recipe=recipe))
     return made
 
 
 def _numbers(outputs: Sequence[_Made], method: str, gram: Gram | None) -> Numbers:
-    checkpoints = _checkpoints(outputs)
+    base, checkpoints = _base(outputs), _checkpoints(outputs)
     listed: list[Numbers] = [
         {"name": made.name, "values": swept_values(made.name), "trend": None, "coefficients": []}
         for made in outputs
@@ -131,26 +158,69 @@ def _numbers(outputs: Sequence[_Made], method: str, gram: Gram | None) -> Number
     elif method == "average":
         for made, entry in zip(outputs, listed, strict=True):
             entry["coefficients"] = _weights(made, checkpoints)
-    what = "checkpoints" if method != "linear" else "models"
-    names = {"extra_merge": "Extra-Merge", "average": "Average", "linear": "Weighted sum"}
+    labels = _labels([entry["model"] for entry in checkpoints])
     return {
-        "title": f"{names[method]} of {len(checkpoints)} {what}",
+        "title": _title(outputs[0].recipe, len(checkpoints)),
         "method": method,
+        "base": base,
         "checkpoints": [
-            {"label": Path(entry["model"]).name, "step": entry["step"]} for entry in checkpoints
+            {"label": label, "step": entry["step"]}
+            for label, entry in zip(labels, checkpoints, strict=True)
         ],
         "outputs": listed,
         "trends": trends,
     }
 
 
+def _title(recipe: dict[str, Any], count: int) -> str:
+    calibrated = " + SVC" if recipe.get("calibrate") else ""
+    what = "checkpoint" if "trajectory" in recipe else "model"
+    several = "" if count == 1 else "s"
+    return f"{METHODS[recipe['merge_method']]}{calibrated} of {count} {what}{several}"
+
+
+def _on_tasks(outputs: Sequence[_Made]) -> bool:
+    return outputs[0].recipe["merge_method"] in MERGERS
+
+
+def _base(outputs: Sequence[_Made]) -> str | None:
+    """What is subtracted from the models to get task vectors, if there are any."""
+    made = outputs[0]
+    return Path(made.inputs[made.donor]["model"]).name if _on_tasks(outputs) else None
+
+
 def _checkpoints(outputs: Sequence[_Made]) -> list[dict[str, Any]]:
-    """The inputs of all outputs, each once, in ascending order where they have steps."""
+    """The inputs of all outputs, each once, in ascending order where they have steps; the models
+    beside the base, as the recipe lists them."""
+    if _on_tasks(outputs):
+        made = max(outputs, key=lambda one: len(one.inputs))
+        return [entry for number, entry in enumerate(made.inputs) if number != made.donor]
     found = {entry["folder"]: entry for made in outputs for entry in made.inputs}
     entries = list(found.values())
     if all(entry["step"] is not None for entry in entries):
         entries.sort(key=lambda entry: entry["step"])
     return entries
+
+
+def _labels(models: Sequence[str]) -> list[str]:
+    """The last part of each path, or as many parts as tell all of them apart."""
+    parts = [Path(model).parts for model in models]
+    for depth in range(1, max(map(len, parts), default=0)):
+        labels = ["/".join(some[-depth:]) for some in parts]
+        if len(set(labels)) == len(labels):
+            return labels
+    return list(models)
+
+
+def _spectra(path: Path, found: Numbers) -> Numbers | None:
+    """About the chosen output, else about the first few."""
+    if not path.is_file():
+        return None
+    names: list[str] = [output["name"] for output in found["outputs"]]
+    best = found["scores"]["best"] if found["scores"] else None
+    shown = [best] if best in names else names[:MAX_SHOWN]
+    tasks = [checkpoint["label"] for checkpoint in found["checkpoints"]]
+    return summed_up(json.loads(path.read_bytes()), tasks, names, shown)
 
 
 def _weights(made: _Made, checkpoints: Sequence[dict[str, Any]]) -> list[float]:

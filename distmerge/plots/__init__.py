@@ -5,12 +5,34 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from distmerge.plots import coefficients, cosines, explained, modules, scores, trajectory
+from distmerge.plots import (
+    coefficients,
+    cosines,
+    directions,
+    explained,
+    gammas,
+    modules,
+    scores,
+    singular_values,
+    task_cosines,
+    trajectory,
+)
 from distmerge.plots.canvas import Plot, style
 
 __all__ = ["Plot", "draw"]
 
-KINDS = (scores, trajectory, explained, coefficients, cosines, modules)
+KINDS = (
+    scores,
+    trajectory,
+    explained,
+    coefficients,
+    cosines,
+    modules,
+    gammas,
+    directions,
+    singular_values,
+    task_cosines,
+)
 """In the order of the report. Each one's draw() returns None where there is nothing to draw."""
 
 

@@ -47,7 +47,7 @@ def _outputs(numbers: Numbers) -> str:
 def _panels(numbers: Numbers) -> list[Panel]:
     """The outputs by trend; one panel for all where there is no trend."""
     groups: dict[int | None, list[Numbers]] = {}
-    for output in numbers["outputs"]:
+    for output in (one for one in numbers["outputs"] if one["coefficients"]):
         groups.setdefault(output["trend"], []).append(output)
     names = [trend["label"] for trend in numbers["trends"]]
     return [("" if n is None else names[n], outputs) for n, outputs in groups.items()]

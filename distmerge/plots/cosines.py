@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ def draw(numbers: Numbers, folder: Path) -> Plot | None:
     rows = -(-len(maps) // 2)
     figure = canvas.new_figure(4.5 if rows == 1 else 3.9 * rows + 0.3, title)
     grid = list(figure.subplots(rows, 2, squeeze=False).ravel())
-    limit = _limit([m.cosines for m in maps])
+    limit = limit_of([m.cosines for m in maps])
     images = [_heat(axes, one, limit) for axes, one in zip(grid, maps, strict=False)]
     for axes in grid[len(maps) :]:
         axes.set_visible(False)
@@ -67,17 +68,17 @@ def _maps(trends: list[Numbers], numbers: Numbers) -> list[Map]:
     return raw + merged
 
 
-def _matrix(rows: list[list[float]]) -> Points:
-    """The cosines with an empty diagonal: a difference against itself says nothing."""
+def off_diagonal(rows: Sequence[Sequence[float | None]]) -> Points:
+    """The cosines with an empty diagonal: what is compared with itself says nothing."""
     matrix = np.array(rows, dtype=np.float64).reshape(len(rows), len(rows))
     np.fill_diagonal(matrix, np.nan)
     return matrix
 
 
-def _limit(matrices: list[list[list[float]]]) -> float:
+def limit_of(matrices: Sequence[Sequence[Sequence[float | None]]]) -> float:
     """One symmetric range of colours for all panels, in tenths."""
     largest = 0.0
-    for matrix in map(_matrix, matrices):
+    for matrix in map(off_diagonal, matrices):
         largest = max(largest, np.abs(matrix[np.isfinite(matrix)]).max(initial=0.0))
     return max(0.1, math.ceil(10 * largest - 1e-6) / 10)
 
@@ -86,7 +87,7 @@ def _heat(axes: Axes, one: Map, limit: float) -> AxesImage | None:
     """One panel; None where there is nothing to compare."""
     axes.grid(visible=False)
     axes.set_title(one.title)
-    matrix = _matrix(one.cosines)
+    matrix = off_diagonal(one.cosines)
     count = len(matrix)
     if count < 2:
         axes.set_xticks([])
@@ -102,11 +103,12 @@ def _heat(axes: Axes, one: Map, limit: float) -> AxesImage | None:
     axes.set_xlabel(f"{one.axis} at the end of the difference")
     axes.set_ylabel(one.axis)
     if count <= 10:
-        _write_cells(axes, matrix, limit)
+        write_cells(axes, matrix, limit)
     return image
 
 
-def _write_cells(axes: Axes, matrix: Points, limit: float) -> None:
+def write_cells(axes: Axes, matrix: Points, limit: float) -> None:
+    """The numbers, in ink that can be read on their colours."""
     for i, j in np.argwhere(np.isfinite(matrix)):
         axes.text(
             j,

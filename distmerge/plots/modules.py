@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from distmerge.places import WHOLE, Place, place, row_names
 from distmerge.plots import canvas
-from distmerge.plots.canvas import LINES, WIDTH, Plot, clean
+from distmerge.plots.canvas import LINES, Plot, clean
+from distmerge.plots.layers import draw_grid, grid_height
 from distmerge.plots.reading import Numbers, shown
 
 LOG_BEYOND = 5.0
 """From this ratio on the scale is logarithmic: layer norms often move far more than matrices."""
 
-MAX_KINDS = 24
 MAX_BARS = 20
-WHOLE = "whole layer"
-
-Key = tuple[str, str]
 
 
 class Split(NamedTuple):
-    """Root mean squares by (stack and kind, layer), and of modules outside the layers."""
+    """Root mean squares by row and layer, and of modules outside the layers."""
 
     layered: dict[str, dict[int, float]]
     others: dict[str, float]
@@ -67,34 +63,24 @@ def draw(numbers: Numbers, folder: Path) -> Plot | None:
 
 def split(entries: list[Numbers]) -> Split:
     """Sort modules into layers and others; numbers after the layer's (experts) are pooled."""
-    sums: dict[tuple[str, int], Sum] = defaultdict(lambda: Sum(0.0, 0))
+    sums: dict[Place, Sum] = defaultdict(lambda: Sum(0.0, 0))
     others = {}
     for entry in entries:
-        match = LAYER.fullmatch(entry["name"])
-        if match is None:
+        at = place(entry["name"])
+        if at is None:
             others[entry["name"]] = _rms(Sum(entry["norm"] ** 2, entry["elements"]))
             continue
-        kind = re.sub(r"(?<![^.])\d+(?![^.])", "*", match["kind"] or WHOLE)
-        at = (f"{match['stack'] or ''}\n{kind}", int(match["layer"]))
         old = sums[at]
         sums[at] = Sum(old.squares + entry["norm"] ** 2, old.elements + entry["elements"])
+    names = row_names(at.row for at in sums)
     layered: dict[str, dict[int, float]] = {}
-    for (kind, layer), total in sums.items():
-        layered.setdefault(kind, {})[layer] = _rms(total)
-    return Split(_named(layered), others)
+    for at, total in sums.items():
+        layered.setdefault(names[at.row], {})[at.layer] = _rms(total)
+    return Split(layered, others)
 
 
 def _rms(total: Sum) -> float:
     return math.sqrt(total.squares / total.elements) if total.elements else math.nan
-
-
-def _named(layered: dict[str, dict[int, float]]) -> dict[str, dict[int, float]]:
-    """Rows called by their kind alone where all belong to one stack of layers."""
-    alone = len({row.partition("\n")[0] for row in layered}) == 1
-    return {
-        row.partition("\n")[2] if alone else row.replace("\n", ".*.").removesuffix(f".{WHOLE}"): of
-        for row, of in layered.items()
-    }
 
 
 def _figure(splits: list[Split], title: str) -> Figure:
@@ -110,8 +96,7 @@ def _figure(splits: list[Split], title: str) -> Figure:
 
 
 def _height(one: Split) -> float:
-    kinds = min(len(one.layered), MAX_KINDS)
-    return 2.6 if kinds == 1 else 1.1 + 0.3 * kinds
+    return 2.6 if len(one.layered) == 1 else grid_height(one.layered)
 
 
 def _norm(values: list[float]) -> Normalize:
@@ -133,7 +118,7 @@ def _layered(figure: Figure, grid: list[Axes], rows: list[Split], names: list[st
         return
     image: Any = None
     for axes, row, name in zip(grid, rows, names, strict=True):
-        image = _heat(axes, row, norm)
+        image = draw_grid(axes, row.layered, norm, "viridis")
         axes.set_title(name)
     bar = figure.colorbar(image, ax=grid, fraction=0.03, pad=0.015, aspect=12 * len(grid))
     bar.set_label("RMS change per parameter" if len(grid) > 1 else "RMS change\nper parameter")
@@ -152,23 +137,6 @@ def _decades(norm: LogNorm) -> list[float]:
     factors = (1, 2, 5) if norm.vmax < 30 * norm.vmin else (1, 3) if last - first <= 3 else (1,)
     ticks = [f * 10.0**power for power in range(first, last + 1) for f in factors]
     return [tick for tick in ticks if norm.vmin <= tick <= norm.vmax]
-
-
-def _heat(axes: Axes, row: Split, norm: Normalize) -> Any:
-    """Layers along x, kinds along y; a layer that lacks a kind stays grey."""
-    kinds = list(row.layered)[:MAX_KINDS]
-    layers = sorted({layer for kind in kinds for layer in row.layered[kind]})
-    grid = [[row.layered[kind].get(layer, math.nan) for layer in layers] for kind in kinds]
-    axes.grid(visible=False)
-    axes.set_facecolor("#dddddd")
-    image = axes.imshow(
-        np.array(grid), norm=norm, cmap="viridis", aspect="auto", interpolation="nearest"
-    )
-    axes.set_yticks(range(len(kinds)), labels=[clean(kind, limit=34) for kind in kinds])
-    ticks = canvas.every([str(layer) for layer in layers], WIDTH * 0.6)
-    axes.set_xticks(ticks, labels=[str(layers[i]) for i in ticks])
-    axes.set_xlabel("layer")
-    return image
 
 
 def _columns(axes: Axes, row: Split, name: str) -> None:

@@ -27,6 +27,20 @@ def shown(numbers: Numbers) -> tuple[list[Numbers], str]:
     return trends[:MAX_PANELS], f" (first {MAX_PANELS} of {len(trends)} trends)"
 
 
+def calibrated(numbers: Numbers) -> tuple[list[Numbers], list[str], str]:
+    """The outputs whose matrices are told module by module, what tells them apart, and what to add
+    to the title where others are not shown."""
+    spectra = numbers["spectra"]
+    found = [output for output in spectra["outputs"] if output["modules"]] if spectra else []
+    if len(found) == 1:
+        note = f" of {found[0]['name']}" if len(spectra["outputs"]) > 1 else ""
+        return found, [""], note
+    by_name = {output["name"]: output for output in numbers["outputs"]}
+    left = len(found) < len(spectra["outputs"]) if found else False
+    note = f" (first {len(found)} of {len(spectra['outputs'])} outputs)" if left else ""
+    return found, told_apart([by_name[output["name"]] for output in found])[1], note
+
+
 def steps(numbers: Numbers) -> tuple[list[float], str]:
     """The checkpoints' training steps, or their numbers where a step is missing; which it is."""
     found = [checkpoint["step"] for checkpoint in numbers["checkpoints"]]

@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from distmerge.assignment import batches
 from distmerge.budget import Budget, held_bytes
 from distmerge.dist import World
 from distmerge.engine import Outcome, Sink, overflow
@@ -24,10 +25,18 @@ from distmerge.methods.average import count_nonfinite
 from distmerge.methods.stages import Method, drive
 from distmerge.planner import Plan
 from distmerge.sources.reader import Inputs
-from distmerge.spec import PAGE, Job
+from distmerge.spec import PAGE
 from distmerge.storage import aligned_buffer
 from distmerge.stream import Step, Stream, nonfinite_input, steps, typed
-from distmerge.tasks.given import Filed, Given, Loader, Tensors, viewed
+from distmerge.tasks.given import (
+    Bundle,
+    Filed,
+    Given,
+    Loader,
+    Tensors,
+    place_of,
+    viewed,
+)
 from distmerge.tasks.merging import Elements, MatrixMerge, Panels
 from distmerge.tasks.spectra import Spectra, described
 from distmerge.threads import Threads
@@ -116,39 +125,56 @@ class TaskEngine:
     def run(self, jobs: Sequence[int], inputs: Inputs, sink: Sink, world: World) -> Outcome:
         """Read, merge and write every job, in order. Raises what goes wrong in any of the three."""
         with closing(Outbox(sink, world, pinned=self._pinned)) as outbox:
-            for held, numbers in itertools.groupby(jobs, self._is_held):
+            for held, batches in itertools.groupby(self._batched(jobs), self._is_held):
                 if held:
-                    self._run_held(list(numbers), inputs, world, outbox)
+                    self._run_held(list(batches), inputs, world, outbox)
                 else:
-                    for number in numbers:
+                    for number in itertools.chain.from_iterable(batches):
                         filed = Filed(self._plan, number, self._stream, inputs, world)
-                        self._merge(filed, world, outbox)
+                        self._merge([filed], world, outbox)
             outbox.finish()
         read = self._loader.read_bytes
         if "_stream" in self.__dict__:
             read += self._stream.read_bytes
         return Outcome(read_bytes=read, written_bytes=self._written, nonfinite=self._nonfinite)
 
-    def _is_held(self, number: int) -> bool:
-        return held_bytes(self._plan, self._plan.jobs[number]) <= self._how.budget.memory
+    def _batched(self, jobs: Sequence[int]) -> list[list[int]]:
+        """A GPU takes small matrices of one shape together; a core gains nothing by that."""
+        if self._device.type == "cpu":
+            return [[number] for number in jobs]
+        first = {number: batch[0] for batch in batches(self._plan) for number in batch}
+        grouped = itertools.groupby(jobs, key=lambda number: first.get(number, number))
+        return [list(batch) for _, batch in grouped]
 
-    def _run_held(self, jobs: Sequence[int], inputs: Inputs, world: World, outbox: Outbox) -> None:
-        sizes = {n: self._plan.read_bytes(self._plan.jobs[n]) for n in jobs}
-        largest = max(held_bytes(self._plan, self._plan.jobs[n]) for n in jobs)
-        ahead = lambda number: largest + sizes[number] <= self._how.budget.memory  # noqa: E731
-        with closing(self._loader.run(jobs, inputs, world, ahead)) as loaded:
+    def _is_held(self, batch: Sequence[int]) -> bool:
+        return self._held_bytes(batch) <= self._how.budget.memory
+
+    def _held_bytes(self, batch: Sequence[int]) -> int:
+        return sum(held_bytes(self._plan, self._plan.jobs[number]) for number in batch)
+
+    def _run_held(
+        self, batches: Sequence[Sequence[int]], inputs: Inputs, world: World, outbox: Outbox
+    ) -> None:
+        largest = max(map(self._held_bytes, batches))
+
+        def ahead(batch: Sequence[int]) -> bool:
+            read = sum(self._plan.read_bytes(self._plan.jobs[number]) for number in batch)
+            return largest + read <= self._how.budget.memory
+
+        with closing(self._loader.run(batches, inputs, world, ahead)) as loaded:
             for held in loaded:
                 self._merge(held, world, outbox)
 
-    def _merge(self, given: Given, world: World, outbox: Outbox) -> None:
-        job = self._plan.jobs[given.number]
+    def _merge(self, batch: Sequence[Given], world: World, outbox: Outbox) -> None:
+        jobs = [self._plan.jobs[given.number] for given in batch]
         with world.monitor.excused():
-            if self._plan.matrices(job):
-                self._matrices(given, job, world, outbox)
+            if self._plan.matrices(jobs[0]):
+                self._matrices(batch, world, outbox)
             else:
-                self._elements(given, world, outbox)
-        world.monitor.advance(self._plan.read_bytes(job) + self._plan.write_bytes(job))
-        self._written += self._plan.write_bytes(job)
+                self._elements(batch[0], world, outbox)
+        for job in jobs:
+            world.monitor.advance(self._plan.read_bytes(job) + self._plan.write_bytes(job))
+            self._written += self._plan.write_bytes(job)
 
     def _elements(self, given: Given, world: World, outbox: Outbox) -> None:
         elements = Elements(self._plan, given, Alone(world), self._device)
@@ -179,38 +205,77 @@ class TaskEngine:
         if over:
             raise overflow(self._plan, step.tensor, output, over)
 
-    def _matrices(self, given: Given, job: Job, world: World, outbox: Outbox) -> None:
-        """Solve every matrix of the job, then write one output after the other."""
+    def _matrices(self, batch: Sequence[Given], world: World, outbox: Outbox) -> None:
+        """Solve every matrix of the jobs, then write one output of a job after the other."""
+        if len(batch) > 1:
+            self._bundle(batch, world, outbox)
+            return
+        given = batch[0]
+        job = self._plan.jobs[given.number]
         tensor = self._plan.tensors[job.tensor]
-        merges = self._solved(given, job, world)
-        self._how.spectra.add(described(self._plan, given.number, merges))
-        size = tensor.dtype.itemsize
-        for output in range(len(self._plan.outputs)):
-            offset = tensor.offset + job.start * size
-            out = outbox.buffer((job.stop - job.start) * size, offset)
-            result = typed(out, tensor.dtype)
-            for merge in merges:
-                target = viewed(result, merge.matrix, job.start)
-                for number, piece in enumerate(merge.pieces):
-                    world.check()
-                    part, count = merge.rounded(
-                        number, output, allow_nonfinite=self._how.allow_nonfinite
-                    )
-                    target[:, piece.top : piece.bottom, piece.left : piece.right] = part
-                    self._nonfinite += count
-            file = self._plan.file(output, tensor.shard)
-            parts = steps(self._plan, [given.number], self._how.budget.elements)
-            outbox.put(
-                [(file, s.offset, out[s.offset - offset :][: s.output_bytes]) for s in parts]
-            )
-
-    def _solved(self, given: Given, job: Job, world: World) -> list[MatrixMerge]:
         elements = Elements(self._plan, given, Alone(world), self._device)
-        return [
+        merges = [
             merge
             for matrix in self._plan.matrices(job)
             for merge in self._with_room(given, matrix, elements, world)
         ]
+        self._how.spectra.add(described(self._plan, given.number, merges))
+        for output in range(len(self._plan.outputs)):
+            out = self._room(given.number, outbox)
+            result = typed(out, tensor.dtype)
+            for merge in merges:
+                target = viewed(result, merge.matrix, job.start)
+                for piece, part in self._parts(merge, output, world):
+                    target[piece] = part
+            self._put(given.number, output, out, outbox)
+
+    def _bundle(self, batch: Sequence[Given], world: World, outbox: Outbox) -> None:
+        """The same for jobs of one matrix each, which are solved as a batch."""
+        given = Bundle(self._plan, batch)
+        job = self._plan.jobs[given.number]
+        matrix = self._plan.matrices(job)[0]._replace(slices=len(batch))
+        elements = Elements(self._plan, given, Alone(world), self._device)
+        try:
+            merge = MatrixMerge(self._plan, given, matrix, elements, Alone(world), self._device)
+        except torch.cuda.OutOfMemoryError:
+            self._tell_of_room(given)
+            for held in batch:
+                self._matrices([held], world, outbox)
+            return
+        dtype = getattr(torch, merge.tensor.dtype.torch_name)
+        results = []
+        for output in range(len(self._plan.outputs)):
+            results.append(torch.empty(len(batch), matrix.rows, matrix.columns, dtype=dtype))
+            for piece, part in self._parts(merge, output, world):
+                results[-1][piece] = part
+        for place, held in enumerate(batch):
+            self._how.spectra.add(described(self._plan, held.number, [merge], place))
+            for output, result in enumerate(results):
+                out = self._room(held.number, outbox)
+                typed(out, merge.tensor.dtype).copy_(result[place].view(-1))
+                self._put(held.number, output, out, outbox)
+
+    def _parts(
+        self, merge: MatrixMerge, output: int, world: World
+    ) -> Iterator[tuple[tuple[slice, slice, slice], torch.Tensor]]:
+        """Every panel of an output, and where in the matrix it stands."""
+        for number, piece in enumerate(merge.pieces):
+            world.check()
+            part, count = merge.rounded(number, output, allow_nonfinite=self._how.allow_nonfinite)
+            self._nonfinite += count
+            yield place_of(piece), part
+
+    def _room(self, number: int, outbox: Outbox) -> torch.Tensor:
+        job = self._plan.jobs[number]
+        tensor = self._plan.tensors[job.tensor]
+        size = tensor.dtype.itemsize
+        return outbox.buffer((job.stop - job.start) * size, tensor.offset + job.start * size)
+
+    def _put(self, number: int, output: int, out: torch.Tensor, outbox: Outbox) -> None:
+        """Write a job's result in one output, in steps as any other."""
+        parts = list(steps(self._plan, [number], self._how.budget.elements))
+        file, first = self._plan.file(output, parts[0].tensor.shard), parts[0].offset
+        outbox.put([(file, s.offset, out[s.offset - first :][: s.output_bytes]) for s in parts])
 
     def _with_room(
         self, given: Given, matrix: Matrix, elements: Elements, world: World
@@ -227,7 +292,10 @@ class TaskEngine:
                     for part in parts
                 ]
             except torch.cuda.OutOfMemoryError:
-                torch.cuda.empty_cache()
-                name = self._plan.tensors[self._plan.jobs[given.number].tensor].name
-                LOGGER.warning("%s: out of GPU memory; trying with less", name)
+                self._tell_of_room(given)
         raise AssertionError("the CPU raises no such error")
+
+    def _tell_of_room(self, given: Given) -> None:
+        torch.cuda.empty_cache()
+        name = self._plan.tensors[self._plan.jobs[given.number].tensor].name
+        LOGGER.warning("%s: out of GPU memory; trying with less", name)

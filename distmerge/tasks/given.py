@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing
+from itertools import chain, islice
 from typing import Protocol
 
 import torch
@@ -52,7 +53,7 @@ class Held:
 
     def cutout(self, matrix: Matrix, piece: Cutout) -> Tensors:
         first = self._plan.jobs[self.number].start
-        return [viewed(x, matrix, first)[_place(piece)] for x in self._inputs]
+        return [viewed(x, matrix, first)[place_of(piece)] for x in self._inputs]
 
 
 def viewed(x: torch.Tensor, matrix: Matrix, first: int) -> torch.Tensor:
@@ -64,8 +65,24 @@ def viewed(x: torch.Tensor, matrix: Matrix, first: int) -> torch.Tensor:
     )
 
 
-def _place(piece: Cutout) -> tuple[slice, slice, slice]:
+def place_of(piece: Cutout) -> tuple[slice, slice, slice]:
+    """Where a piece stands in its matrices."""
     return slice(None), slice(piece.top, piece.bottom), slice(piece.left, piece.right)
+
+
+class Bundle:
+    """Jobs of one matrix each, all of one shape, as a batch of matrices."""
+
+    def __init__(self, plan: Plan, members: Sequence[Given]):
+        self.number, self._plan, self._members = members[0].number, plan, members
+
+    def steps(self) -> Iterator[tuple[Step, Tensors]]:
+        return chain.from_iterable(member.steps() for member in self._members)
+
+    def cutout(self, matrix: Matrix, piece: Cutout) -> Tensors:
+        alone = matrix._replace(slices=1)
+        parts = [member.cutout(alone, piece) for member in self._members]
+        return [torch.cat(inputs) for inputs in zip(*parts, strict=True)]
 
 
 class Filed:
@@ -114,48 +131,61 @@ class Filed:
 
 
 class Loader:
-    """Reads the next held job while one is worked on, into two sets of buffers."""
+    """Reads the next held jobs while some are worked on, into two sets of buffers."""
 
     def __init__(self, plan: Plan, *, elements: int, device: torch.device):
         self._plan, self._elements, self._device = plan, elements, device
-        self._buffers: list[dict[int, torch.Tensor]] = [{}, {}]
+        self._buffers: list[list[torch.Tensor]] = [[], []]
         on_gpu = device.type == "cuda"
         self._copies = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
         self.read_bytes = 0
 
     def run(
-        self, jobs: Iterable[int], inputs: Inputs, world: World, ahead: Callable[[int], bool]
-    ) -> Generator[Held]:
-        """Every job, its inputs in memory until the next is asked for.
+        self,
+        batches: Iterable[Sequence[int]],
+        inputs: Inputs,
+        world: World,
+        ahead: Callable[[Sequence[int]], bool],
+    ) -> Generator[list[Held]]:
+        """The jobs of every batch, their inputs in memory until the next batch is asked for.
 
-        `ahead` says whether there is room for a job beside the one before it.
+        `ahead` says whether there is room for a batch beside the one before it.
         """
         reading = Threads(READERS, "read")
         try:
-            before: _Loading | None = None
-            for count, number in enumerate(jobs):
-                if before is not None and not ahead(number):
-                    yield from before.held(world)
-                    before = None
-                loading = _Loading(self._plan, number, self._elements)
-                room = self._room(count % 2, loading.sizes)
-                loading.start(inputs, room, reading, self._uploading(sum(loading.sizes)))
-                self.read_bytes += self._plan.read_bytes(self._plan.jobs[number])
-                if before is not None:
-                    yield from before.held(world)
+            before: list[_Loading] = []
+            for count, numbers in enumerate(batches):
+                if before and not ahead(numbers):
+                    yield from _held(before, world)
+                    before = []
+                loading = [_Loading(self._plan, number, self._elements) for number in numbers]
+                self._start(loading, count % 2, inputs, reading)
+                if before:
+                    yield from _held(before, world)
                 before = loading
-            if before is not None:
-                yield from before.held(world)
+            if before:
+                yield from _held(before, world)
         finally:
             reading.close()
+
+    def _start(
+        self, loading: Sequence[_Loading], slot: int, inputs: Inputs, reading: Threads
+    ) -> None:
+        upload = self._uploading(sum(sum(job.sizes) for job in loading))
+        room = iter(self._room(slot, [size for job in loading for size in job.sizes]))
+        for job in loading:
+            job.start(inputs, list(islice(room, len(job.sizes))), reading, upload)
+            self.read_bytes += sum(job.sizes) - 2 * PAGE * len(job.sizes)
 
     def _room(self, slot: int, sizes: Sequence[int]) -> list[torch.Tensor]:
         """Buffers of these sizes; memory that is never touched is not taken."""
         buffers = self._buffers[slot]
         for place, size in enumerate(sizes):
-            if place not in buffers or buffers[place].numel() < size:
+            if place == len(buffers):
+                buffers.append(torch.empty(0, dtype=torch.uint8))
+            if buffers[place].numel() < size:
                 buffers[place] = aligned_buffer(size, pinned=self._copies is not None)
-        return [buffers[place] for place in range(len(sizes))]
+        return buffers[: len(sizes)]
 
     def _uploading(self, size: int) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """What brings inputs to the GPU while it computes, if it has room for two jobs of `size`;
@@ -171,6 +201,12 @@ class Loader:
             return moved
 
         return upload
+
+
+def _held(loading: Sequence[_Loading], world: World) -> Iterator[list[Held]]:
+    yield [job.held(world) for job in loading]
+    for job in loading:
+        job.release()
 
 
 class _Loading:
@@ -210,10 +246,12 @@ class _Loading:
                 (reader, start, size, reading.submit(read, reader, start, size, buffer))
             )
 
-    def held(self, world: World) -> Iterator[Held]:
+    def held(self, world: World) -> Held:
         world.check()
         raw = [world.wait(read) for *_, read in self._reads]
         given = [typed(x, dtype) for x, dtype in zip(raw, self._dtypes, strict=True)]
-        yield Held(self._plan, self._number, self._elements, given)
+        return Held(self._plan, self._number, self._elements, given)
+
+    def release(self) -> None:
         for reader, start, size, _ in self._reads:
             reader.release(start, size)

@@ -141,7 +141,7 @@ class MatrixMerge:
     """One matrix (or batch of them) of a job, solved by `driver` when it is made.
 
     `products` are, by panel that this rank has seen, those of the task vectors with each other: of
-    the first with all from itself on, then of the second ...
+    the first with all from itself on, then of the second ..., for each matrix of a batch.
     Raises NonFiniteError where an input holds NaN or Inf, RunError where a matrix can't be
     decomposed.
     """
@@ -207,9 +207,9 @@ class MatrixMerge:
 
     def _look_at(self, number: int, stored: Tensors, deltas: Tensors) -> None:
         """Once for each panel: is all finite, and how alike are the tasks?"""
-        flat = [delta.reshape(-1) for delta in deltas]
+        flat = [delta.reshape(self.matrix.slices, -1) for delta in deltas]
         pairs = itertools.combinations_with_replacement(flat, 2)
-        products = torch.stack([_dot(a, b) for a, b in pairs]).cpu()
+        products = torch.stack([torch.stack([*map(_dot, a, b)]) for a, b in pairs]).cpu()
         if not bool(products.isfinite().all()):
             for place, x in enumerate(stored):
                 if count := count_nonfinite(x):
@@ -268,14 +268,15 @@ class MatrixMerge:
             raise overflow(self._plan, self.tensor, output, count)
         return found, count
 
-    def spectrum(self) -> Spectrum:
-        """What is reported of it."""
+    def spectrum(self, place: int | None = None) -> Spectrum:
+        """What is reported of it, or of the matrix at `place` in the batch."""
         gammas: dict[int, torch.Tensor] = {}
         sigma = torch.empty(0)
         fallbacks: list[str | None] = []
         for calibration, own in self._solved.calibrations.values():
-            sigma = calibration.sigma
-            gammas |= {i: calibration.gamma[..., n, :] for n, i in enumerate(own)}
+            one = (...,) if place is None else (place, ...)
+            sigma, gamma = calibration.sigma[one], calibration.gamma[one]
+            gammas |= {i: gamma[..., n, :] for n, i in enumerate(own)}
             fallbacks += calibration.fallback
         fallbacks += [merge.fallback for merge in self._solved.merges.values() if merge]
         told = "; ".join(dict.fromkeys(f for f in fallbacks if f))

@@ -23,20 +23,23 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 Numbers = dict[str, Any]
 
 
-def described(plan: Plan, number: int, merges: Sequence[MatrixMerge]) -> Numbers:
+def described(
+    plan: Plan, number: int, merges: Sequence[MatrixMerge], place: int | None = None
+) -> Numbers:
     """The matrices of a job: how gamma is spread in each output, inner products of the tasks (of
     the first with all from itself on, then of the second ...), what was done where the usual way
-    was not good enough; and singular values of the first matrix."""
+    was not good enough; and singular values of the first matrix. With `place`, only the matrix
+    that stands there in a batch is the job's."""
     job = plan.jobs[number]
-    spectra = [merge.spectrum() for merge in merges]
+    spectra = [merge.spectrum(place) for merge in merges]
     first = spectra[0]
     places = _places(first.sigma.shape[-1])
     return {
         "tensor": plan.tensors[job.tensor].name,
         "start": job.start,
-        "matrices": sum(merge.matrix.slices for merge in merges),
+        "matrices": sum(merge.matrix.slices for merge in merges) if place is None else 1,
         "shape": [merges[0].matrix.outputs, merges[0].matrix.inputs],
-        "products": _products(merges),
+        "products": _products(merges, place),
         "fallback": "; ".join(dict.fromkeys(s.fallback for s in spectra if s.fallback)) or None,
         "places": places,
         "sigma": _picked(first.sigma, places),
@@ -50,9 +53,13 @@ def described(plan: Plan, number: int, merges: Sequence[MatrixMerge]) -> Numbers
     }
 
 
-def _products(merges: Sequence[MatrixMerge]) -> list[float]:
-    parts = [merge.products[n] for merge in merges for n in range(len(merge.pieces))]
-    return [float(x) if math.isfinite(x) else 0.0 for x in torch.stack(parts).sum(0).tolist()]
+def _products(merges: Sequence[MatrixMerge], place: int | None) -> list[float]:
+    parts = [
+        sum((merge.products[n] for n in range(len(merge.pieces))), torch.zeros(()))
+        for merge in merges
+    ]
+    own = [part.sum(1) if place is None else part[:, place] for part in parts]
+    return [float(x) if math.isfinite(x) else 0.0 for x in torch.stack(own).sum(0).tolist()]
 
 
 def _gammas(gamma: torch.Tensor, picked: list[float]) -> Numbers:

@@ -6,8 +6,9 @@ In the small memory the large matrices are over the budget: all ranks work on ea
 from __future__ import annotations
 
 import itertools
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -19,15 +20,17 @@ import torch
 import distmerge
 from distmerge import monitor
 from distmerge.assembly import AssembleMode
-from distmerge.assignment import assign
+from distmerge.assignment import assign, batches
 from distmerge.budget import budget, over_budget
 from distmerge.errors import OutputError
 from distmerge.log import parse_bytes
 from distmerge.pipeline import MergeResult, Options
 from distmerge.presentation import describe
+from distmerge.tasks.engine import TaskEngine
 from distmerge.writer import ShardWriter
 from tests.dist import cases
 from tests.dist.cases import fingerprints
+from tests.support.checkpoints import read_output
 from tests.support.drawing import without_drawing
 from tests.support.ranks import observe_ranks, run_ranks
 from tests.support.tasks import SHAPES, Recipe, family, recipe, write_family
@@ -231,3 +234,41 @@ def test_a_rank_that_can_t_decompose_stops_all(tmp_path: Path) -> None:
         assert all("task-1/model.safetensors" in text for text in told), told
         assert all("up_proj.weight holds 1 NaN or Inf" in text for text in told), told
         assert not (tmp_path / "out").exists()
+
+
+def merge_in_batches(made: Recipe, out: Path) -> None:
+    """As on a GPU: small matrices of one shape are solved together."""
+    prepare()
+
+    def batched(engine: TaskEngine, jobs: Sequence[int]) -> list[list[int]]:
+        first = {n: batch[0] for batch in batches(distmerge.plan(made)) for n in batch}
+        return [list(g) for _, g in itertools.groupby(jobs, lambda n: first.get(n, n))]
+
+    mock.patch.object(TaskEngine, "_batched", batched).start()
+    distmerge.merge(made, out)
+
+
+def test_batches_of_small_matrices_come_out_as_if_each_were_alone(tmp_path: Path) -> None:
+    shapes = {f"model.layers.{n}.experts.{e}.w.weight": (40, 24) for n in (0, 1) for e in range(4)}
+    write_family(tmp_path, family(shapes, TASKS))
+    for method in ("task_arithmetic", "tsv_m"):
+        made: Recipe = {
+            **recipe(tmp_path, method, TASKS, calibrate={}),
+            "sweep": {"parameters.lambda": [0.5, 1]},
+        }
+        assert [len(batch) for batch in batches(distmerge.plan(made))] == [8]
+        together, alone = tmp_path / method / "together", tmp_path / method / "alone"
+        run_ranks(merge_in_batches, 1, made, together)
+        run_ranks(merge, 1, made, alone, Options())
+        for name in ("lambda=0.5", "lambda=1"):
+            found, expected = (read_output(folder / name) for folder in (together, alone))
+            for tensor, values in expected.items():
+                torch.testing.assert_close(found[tensor], values, rtol=1e-6, atol=1e-6)
+        numbers = [json.loads((f / "report/spectra.json").read_bytes()) for f in (together, alone)]
+        assert [entry["tensor"] for entry in numbers[0]] == list(shapes)
+        for ours, theirs in zip(*numbers, strict=True):
+            assert ours["products"] == pytest.approx(theirs["products"], rel=1e-5)
+            for name, described in theirs["outputs"].items():
+                assert ours["outputs"][name]["quantiles"] == pytest.approx(
+                    described["quantiles"], rel=1e-4
+                )

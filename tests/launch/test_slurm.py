@@ -81,7 +81,7 @@ def start(
 ) -> tuple[str, dict[int, int]]:
     """A job of four ranks that have written something: its number, the ranks' process numbers."""
     number = slurm.submit(batch, environment(**slow_writes(slow, seconds)))
-    ranks = wait_for_writers(slow, 4)
+    ranks = wait_for_writers(slow, 4, timeout=90)
     time.sleep(2 * seconds)
     return number, ranks
 
@@ -190,7 +190,7 @@ def test_a_task_that_does_not_come_up_ends_the_job_after_a_minute(
     env = environment()
     env["PATH"] = f"{tmp_path}{os.pathsep}{env['PATH']}"
 
-    job = slurm.run([*SRUN, trio.recipe, tmp_path / "out", *SHARDS], env, timeout=100)
+    job = slurm.run([*SRUN, trio.recipe, tmp_path / "out", *SHARDS], env)
 
     assert job.state == "FAILED"
     assert "task 3: Exited with exit code 127" in job.log

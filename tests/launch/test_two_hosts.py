@@ -20,7 +20,6 @@ from tests.launch.trio import SHARDS, Finished, digests, merge_alone, on_disks
 from tests.support.checkpoints import average_recipe, write_checkpoint, write_recipe
 from tests.support.namespaces import Host, two_hosts
 from tests.support.processes import (
-    BIN,
     SCRIPTS,
     environment,
     finish,
@@ -56,7 +55,7 @@ def start_on(
 
 def merge_on(hosts: Hosts, arguments: list[str | Path]) -> Finished:
     """The same to its end; what rank 0's torchrun said."""
-    done = [finish(host, timeout=60) for host in start_on(hosts, arguments)]
+    done = [finish(host, timeout=100) for host in start_on(hosts, arguments)]
     assert [host.returncode for host in done] == [0, 0], done
     return done[0]
 
@@ -99,12 +98,12 @@ def stop_in_the_middle(hosts: Hosts, arguments: list[str | Path], slow: Path) ->
     """A run that gets SIGTERM after its owners of shards have written something."""
     under_way = start_on(hosts, arguments, **slow_writes(slow))
     try:
-        wait_for_writers(slow, 2)
+        wait_for_writers(slow, 2, timeout=90)
         time.sleep(1)
         for host in under_way:
             host.terminate()
     finally:
-        done = [finish(host, timeout=30) for host in under_way]
+        done = [finish(host, timeout=60) for host in under_way]
     assert all(host.returncode for host in done), done
 
 
@@ -141,14 +140,14 @@ def test_a_host_that_is_cut_off_ends_the_run_and_the_same_command_goes_on(
     recipe, out = on_disks(hosts), hosts[0].disk / "results/out"
     under_way = start_on(hosts, [recipe, out, *SHARDS], **slow_writes(tmp_path / "slow"))
     try:
-        ranks = wait_for_writers(tmp_path / "slow", 2)
+        ranks = wait_for_writers(tmp_path / "slow", 2, timeout=90)
         time.sleep(1)
         hosts[1].plug("down")
         cut = time.monotonic()
         wait_until(lambda: not any(is_alive(rank) for rank in ranks.values()))
         took = time.monotonic() - cut
     finally:
-        done = [finish(host, timeout=30) for host in under_way]
+        done = [finish(host, timeout=60) for host in under_way]
     assert took < 30
     assert [host.returncode for host in done] == [1, 1]
     assert re.search(r"rank [23] on beta has given no sign of life for 20 s", done[0].stderr)
@@ -183,7 +182,7 @@ def test_ranks_of_a_cut_off_attempt_that_still_write_harm_no_other_attempt(
     recipe, out, slow = on_disks(hosts), tmp_path / "shared/out", tmp_path / "slow"
     first = start_on(hosts, [recipe, out, *SHARDS], **slow_writes(slow, seconds=1.5))
     try:
-        ranks = wait_for_writers(slow, 4)
+        ranks = wait_for_writers(slow, 4, timeout=90)
         wait_until(lambda: any(f.stat().st_size for f in out.parent.glob(".out.*.state/written-*")))
         hosts[1].plug("down")
         os.killpg(first[0].pid, signal.SIGKILL)
@@ -201,31 +200,3 @@ def test_ranks_of_a_cut_off_attempt_that_still_write_harm_no_other_attempt(
     merge_alone(hosts[0], [recipe, tmp_path / "alone", *SHARDS])
     assert made == digests(out) == digests(tmp_path / "alone")
     assert [path.name for path in out.parent.iterdir()] == ["out"]
-
-
-def test_hosts_that_take_their_own_names_for_loopback_are_told_the_remedy(hosts: Hosts) -> None:
-    """As Debian sets them up: 127.0.1.1 is nothing that another host can reach."""
-    recipe, out = on_disks(hosts), hosts[0].disk / "results/out"
-    for host, other in (hosts, hosts[::-1]):
-        host.know({host.name: "127.0.1.1", other.name: other.address})
-
-    failed = one_rank_each(hosts, [recipe, out, *SHARDS])
-
-    assert [host.returncode for host in failed] == [1, 1]
-    assert "rank 0 of 2 can't meet the others at 10.77.1.1:29500" in failed[0].stderr
-    assert "GLOO_SOCKET_IFNAME" in failed[0].stderr
-    remedied = one_rank_each(hosts, [recipe, out, *SHARDS], GLOO_SOCKET_IFNAME="cable")
-    assert [host.returncode for host in remedied] == [0, 0]
-
-
-def one_rank_each(hosts: Hosts, arguments: list[str | Path], **variables: str) -> list[Finished]:
-    """How two processes end that are told where to meet, without a launcher."""
-    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": hosts[0].address, "MASTER_PORT": "29500"}
-    started = [
-        start(
-            host.command([BIN / "distmerge", "merge", *arguments]),
-            environment(RANK=str(rank), LOCAL_RANK="0", **meeting, **variables),
-        )
-        for rank, host in enumerate(hosts)
-    ]
-    return [finish(host, timeout=90) for host in started]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ NAMES = ("alpha", "beta")
 
 _ENTER = """
 hostname "$1"
-mount --bind "$2/$1.hosts" /etc/hosts
+mount --bind "$2/hosts" /etc/hosts
 mount --bind "$2/nsswitch.conf" /etc/nsswitch.conf
 mount --bind "$2/$1" "$2/disk"
 shift 2
@@ -53,12 +53,6 @@ class Host:
         enter = ["nsenter", f"--net=/run/netns/{self.namespace}", "unshare", "--uts", "--mount"]
         return [*enter, "sh", "-ec", _ENTER, "sh", self.name, self.root, *command]
 
-    def know(self, addresses: Mapping[str, str]) -> None:
-        """Write its /etc/hosts: addresses by name."""
-        lines = [f"{address} {name}\n" for name, address in addresses.items()]
-        text = "".join(["127.0.0.1 localhost\n", *lines])
-        (self.root / f"{self.name}.hosts").write_text(text)
-
     def plug(self, state: str) -> None:
         """Take the cable out ('down') or put it back ('up'); nobody is told."""
         _run("ip", "-n", self.namespace, "link", "set", "cable", state)
@@ -89,8 +83,8 @@ def two_hosts(root: Path) -> Iterator[tuple[Host, Host]]:
 
 
 def _write_disks(root: Path, hosts: Sequence[Host]) -> None:
-    for host in hosts:
-        host.know({other.name: other.address for other in hosts})
+    names = "".join(f"{host.address} {host.name}\n" for host in hosts)
+    (root / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
     (root / "nsswitch.conf").write_text("hosts: files\n")  # no resolver can be reached
     for folder in (root / "disk", *(host.contents for host in hosts)):
         folder.mkdir()

@@ -90,7 +90,7 @@ class Cluster:
             return conf
         return {**conf, "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
 
-    def run(self, batch: Sequence[str | Path], env: Mapping[str, str], timeout: float = 90) -> Job:
+    def run(self, batch: Sequence[str | Path], env: Mapping[str, str], timeout: float = 150) -> Job:
         """sbatch the script and arguments `batch`, and wait for the end of the job."""
         return self.wait(self.submit(batch, env), timeout)
 
@@ -99,7 +99,7 @@ class Cluster:
         command = ["sbatch", "--parsable", f"--output={self.root}/%j.log", *batch]
         return self.call(command, env).strip()
 
-    def wait(self, number: str, timeout: float = 90) -> Job:
+    def wait(self, number: str, timeout: float = 150) -> Job:
         """How the job has ended."""
         self.wait_for(number, "", timeout)
         shown = self.call(["scontrol", "--oneliner", "show", "job", number])

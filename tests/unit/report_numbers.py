@@ -67,10 +67,12 @@ def extrapolated(
     return {
         "title": f"Extra-Merge of {count} checkpoints",
         "method": "extra_merge",
+        "base": None,
         "checkpoints": checkpoints,
         "outputs": outputs,
         "trends": trends,
         "scores": _scores(outputs, rng) if len(outputs) > 1 else None,
+        "spectra": None,
     }
 
 
@@ -87,10 +89,12 @@ def averaged(values: Mapping[str, Sequence[object]], *, goal: str = "min") -> Nu
     return {
         "title": "Average of 12 checkpoints",
         "method": "average",
+        "base": None,
         "checkpoints": [{"label": f"c{i}", "step": 1000 * i} for i in range(12)],
         "outputs": outputs,
         "trends": [],
         "scores": scores,
+        "spectra": None,
     }
 
 
