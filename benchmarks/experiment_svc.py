@@ -17,7 +17,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -55,8 +55,8 @@ SWEEPS: dict[str, dict[str, Any]] = {
 class Suite(Protocol):
     """Tasks of one kind: how models are trained on them and measured."""
 
-    @property
-    def name(self) -> str: ...
+    name: str
+    seeds: Sequence[int]
 
     def tasks(self) -> list[str]: ...
 
@@ -93,15 +93,14 @@ def main() -> None:
     parser.add_argument("--parts", default="train,measure,write")
     parser.add_argument("--suites", default=",".join(SUITES))
     parser.add_argument("--mergers", default=",".join(MERGERS))
-    parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     os.chdir(Path(__file__).resolve().parents[1])  # so that commands and results show no home
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     suites = [SUITES[name] for name in options.suites.split(",")]
-    mergers, seeds = options.mergers.split(","), map(int, options.seeds.split(","))
-    runs = [Run(suite, seed) for seed in seeds for suite in suites]
+    runs = [Run(suite, seed) for suite in suites for seed in suite.seeds]
+    mergers = options.mergers.split(",")
     if "train" in options.parts:
         for run in runs:
             train(run)

@@ -41,6 +41,7 @@ class Shifted:
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self.name = f"images-{kind}"
+        self.seeds = (0, 1, 2)
 
     def tasks(self) -> list[str]:
         return list(SHIFTS[self.kind])

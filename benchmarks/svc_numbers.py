@@ -16,6 +16,7 @@ ALPHA = 0.5
 """Tried beside `auto` where alpha is tuned too. (For matrices only alpha / lambda matters.)"""
 
 GAMMAS_OF, GAMMA_SCALES = "task_arithmetic", ("0.3", "1")
+RESOLVED = 1e-6  # of the largest singular value; below are only directions that no task uses
 
 Numbers = dict[str, Any]  # what goes into the JSON
 
@@ -203,14 +204,18 @@ def gammas(finding: Finding) -> Numbers:
     """The gammas of one run by lambda and matrix, at some of the directions: `places`, from 0."""
     spectra = [matrix for matrix in finding.merges[GAMMAS_OF].spectra if matrix["sigma"][0]]
     (places,) = {tuple(matrix["places"]) for matrix in spectra}
-    found = {
-        scale: {
+    sizes = [[value / matrix["sigma"][0] for value in matrix["sigma"]] for matrix in spectra]
+    present = [n for n in range(len(places)) if min(row[n] for row in sizes) > RESOLVED]
+    found: Numbers = {"places": [places[n] for n in present], "by_lambda": {}}
+    for scale in GAMMA_SCALES:
+        of_scale = {
             matrix["tensor"]: matrix["outputs"][f"lambda={scale},alpha=auto"]["gamma"]
             for matrix in spectra
         }
-        for scale in GAMMA_SCALES
-    }
-    return {"places": places, "by_lambda": found}
+        found["by_lambda"][scale] = {
+            name: [gamma[n] for n in present] for name, gamma in of_scale.items()
+        }
+    return found
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -123,7 +123,9 @@ def title(suite: str) -> str:
 def heading(name: str, found: Numbers) -> str:
     """A suite's name, and between what bounds its merges are to be seen."""
     base, own = (percent(found["trained"][kind]) for kind in ("base", "individual"))
-    size = f"{found['tasks']} tasks of {found['examples']} examples, {len(found['seeds'])} seeds"
+    count = len(found["seeds"])
+    seeds = "one seed" if count == 1 else f"{count} seeds"
+    size = f"{found['tasks']} tasks of {found['examples']} examples, {seeds}"
     return f"### {title(name)}\n\n{size}. The base has {base}, fine-tunes on their own tasks {own}."
 
 

@@ -98,7 +98,7 @@ def _tuned(suites: dict[str, dict[str, Any]]) -> Figure:
         panel.set_yticks(range(len(mergers)), mergers)
         panel.grid(axis="y", color="#e5e5e5")
         panel.set_axisbelow(True)
-        panel.set_title(f"{name}, {len(found['seeds'])} seeds")
+        panel.set_title(name)
         panel.set_xlabel("accuracy with SVC minus without, points")
     handles = [
         row[0][0].plot([], [], marker, color=color, label=label)[0]

@@ -6,14 +6,18 @@ group and takes the same path.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -32,6 +36,9 @@ TIMEOUT = timedelta(hours=24)
 
 START_TIMEOUT = timedelta(minutes=5)
 """For all ranks to arrive."""
+
+_SLACK = 15.0
+"""Seconds for those errors to be told that torch notices by itself."""
 
 POLL = 0.5
 """Seconds between two looks at whether another rank has failed, while waiting for a thread."""
@@ -92,6 +99,20 @@ class World:
         leads = self.local_rank == 0
         led = self.together(phase, lambda: [work(False)] if leads else [])
         return self.together(phase, lambda: led[0] if leads else work(True))
+
+    def who_sees(self, files: Sequence[Path]) -> list[bool]:
+        """Which ranks see these files, as the first of them does: another host may have others of
+        the same names."""
+
+        def look() -> str | None:
+            try:
+                return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+            except OSError:
+                return None
+
+        seen = self.gather("look for the output", look)
+        first = next((found for found in seen if found is not None), None)
+        return [found is not None and found == first for found in seen]
 
     def agree(self, phase: str, what: str, value: str) -> None:
         """Raise RunError on every rank unless all hold the same `value`."""
@@ -268,10 +289,11 @@ def join(*, use_cuda: bool) -> Iterator[World]:
     launch = _adopted() if adopted else detect(os.environ)
     if launch.warning:
         LOGGER.warning("%s", launch.warning)
-    if launch.size > 1 and not adopted:
-        _start(launch, use_cuda)
-    group = torch_dist.new_group(backend="gloo", timeout=TIMEOUT) if launch.size > 1 else None
-    monitor = Monitor(_store(launch, group), launch.rank, launch.size)
+    with _within(START_TIMEOUT, launch):
+        if launch.size > 1 and not adopted:
+            _start(launch, use_cuda)
+        group = torch_dist.new_group(backend="gloo", timeout=TIMEOUT) if launch.size > 1 else None
+        monitor = Monitor(_store(launch, group), launch.rank, launch.size)
     monitor.start()
     world = World(
         rank=launch.rank,
@@ -305,6 +327,24 @@ def _break_off(world: World) -> None:
                 return
 
 
+@contextmanager
+def _within(limit: timedelta, launch: Launch) -> Iterator[None]:
+    """End the process unless the ranks meet in time: while they connect, gloo heeds no time-out."""
+
+    def give_up() -> None:
+        sys.stderr.write("error: " + _not_met(launch, "no answer") + "\n")
+        sys.stderr.flush()
+        os._exit(RunError.exit_code)
+
+    timer = threading.Timer(limit.total_seconds() + _SLACK, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def _start(launch: Launch, use_cuda: bool) -> None:
     assert launch.address is not None
     host, port = launch.address
@@ -317,10 +357,15 @@ def _start(launch: Launch, use_cuda: bool) -> None:
             timeout=START_TIMEOUT,
         )
     except (RuntimeError, ValueError) as error:
-        raise RunError(
-            f"rank {launch.rank} of {launch.size} can't meet the others at {host}:{port}: {error}; "
-            "MASTER_ADDR and MASTER_PORT say where to meet, GLOO_SOCKET_IFNAME on which network"
-        ) from error
+        raise RunError(_not_met(launch, f"{error}")) from error
+
+
+def _not_met(launch: Launch, why: str) -> str:
+    place = "{}:{}".format(*launch.address) if launch.address else "the caller's group"
+    return (
+        f"rank {launch.rank} of {launch.size} can't meet the others at {place}: {why}; "
+        "MASTER_ADDR and MASTER_PORT say where to meet, GLOO_SOCKET_IFNAME on which network"
+    )
 
 
 def _adopted() -> Launch:

@@ -18,6 +18,7 @@ from distmerge.dist import World
 from distmerge.errors import DistmergeError, RunError, SourceError
 from distmerge.launchers import detect
 from distmerge.log import LOGGER
+from distmerge.output import MANIFEST
 from distmerge.scoring import Measured
 from distmerge.selection import Selection, read_texts
 
@@ -62,11 +63,11 @@ def _able(
     world: World, selection: Selection, models: Sequence[Path], *, use_gpu: bool
 ) -> list[int]:
     """The ranks that see what they need, on one kind of device: others round differently."""
+    sees = world.who_sees([model / MANIFEST for model in models])
 
     def look() -> str | None:
         text = selection.text
-        seen = text is None or Path(text).expanduser().exists()
-        if not (seen and all(model.is_dir() for model in models)):
+        if not (sees[world.rank] and (text is None or Path(text).expanduser().exists())):
             return None
         return "any" if text is None else _device_name(use_gpu=use_gpu)
 

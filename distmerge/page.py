@@ -74,9 +74,9 @@ def html(numbers: Numbers, plots: Sequence[Plot], folder: Path) -> str:
         *_verdict(numbers["scores"]),
         *_summary(numbers),
         *_outputs(numbers),
+        *matrices(numbers["spectra"]),
         *_pictures(plots, folder),
         *_modules(numbers["trends"]),
-        *matrices(numbers["spectra"]),
         "</body>\n</html>\n",
     ]
     # A file name that is not valid UTF-8 leaves lone surrogates, which no file can hold.

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-_LAYER = re.compile(r"(?:(?P<stack>.*?)\.)??(?P<layer>\d+)(?:\.(?P<kind>.*))?")
+_LAYER = re.compile(r"(?:(?P<stack>.*?)\.)??(?P<layer>\d+)(?:\.(?P<kind>.*))?", re.DOTALL)
 """'model.layers.3.mlp': the first number is that of the layer."""
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")

@@ -233,20 +233,24 @@ def _directions(entry: Numbers) -> int:
 
 
 def _singular_values(name: str, entries: Sequence[Numbers]) -> list[Numbers]:
-    """Before and after the calibration, lambda included, of a few matrices in order."""
+    """Before and after the calibration, lambda included, of a few matrices, layer by layer."""
     able = [
         e for e in entries if name in e["outputs"] and name in e["sigma_of"] and any(e["sigma"])
     ]
-    return [_before_and_after(able[n], name) for n in sorted(_chosen(able, name))]
+    return [_before_and_after(entry, name) for entry in sorted(_chosen(able, name), key=_layer)]
 
 
-def _chosen(entries: Sequence[Numbers], name: str) -> list[int]:
+def _layer(entry: Numbers) -> tuple[str, int]:
+    found = _place(entry)
+    return (found.row.stack, found.layer) if found else ("", -1)
+
+
+def _chosen(entries: Sequence[Numbers], name: str) -> list[Numbers]:
     """In each of the first, the middle and the last layer the matrix with the widest spread of
     gamma, of another kind if there is one; then the widest of all."""
-    places = [_place(entry) for entry in entries]
-    at = [(found.row.stack, found.layer) if found else None for found in places]
-    kinds = [found.row.kind if found else None for found in places]
-    layers = sorted({layer for layer in at if layer})
+    kinds = [found.row.kind if (found := _place(entry)) else None for entry in entries]
+    at = [_layer(entry) for entry in entries]
+    layers = sorted({layer for layer in at if layer[1] >= 0})
     wanted = [layers[n] for n in (0, len(layers) // 2, -1)] if layers else []
     chosen: list[int] = []
 
@@ -257,7 +261,7 @@ def _chosen(entries: Sequence[Numbers], name: str) -> list[int]:
     for layer in [*wanted, *[None] * MAX_CHOSEN][:MAX_CHOSEN]:
         left = [n for n in range(len(entries)) if n not in chosen and layer in (None, at[n])]
         chosen += [min(left, key=rank)] if left else []
-    return chosen
+    return [entries[n] for n in chosen]
 
 
 def _before_and_after(entry: Numbers, name: str) -> Numbers:

@@ -109,11 +109,12 @@ def _heat(axes: Axes, one: Map, limit: float) -> AxesImage | None:
 
 def write_cells(axes: Axes, matrix: Points, limit: float) -> None:
     """The numbers, in ink that can be read on their colours."""
+    decimals = 3 if limit <= 0.1 and len(matrix) <= 10 else 2
     for i, j in np.argwhere(np.isfinite(matrix)):
         axes.text(
             j,
             i,
-            f"{matrix[i, j]:.2f}",
+            f"{round(float(matrix[i, j]), decimals) + 0.0:.{decimals}f}",  # no -0.00
             ha="center",
             va="center",
             fontsize=8 if len(matrix) <= 7 else 6.5,

@@ -42,7 +42,7 @@ def draw(numbers: Numbers, folder: Path) -> Plot | None:
 def _bars(axes: Axes, output: Numbers, kinds: list[str]) -> None:
     """One bar a kind, the first on top, below all of them together."""
     modules = [output["modules"].get(kind) for kind in kinds]
-    rows = [*(module for module in modules), output]
+    rows = [*modules, output]
     for y, gammas in enumerate(rows):
         if gammas is not None:
             left = 0.0

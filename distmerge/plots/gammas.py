@@ -31,13 +31,15 @@ def draw(numbers: Numbers, folder: Path) -> Plot | None:
     if not grids:
         return None
     title = f"Median gamma by layer and module{note}"
-    heights = [grid_height(grid) for _, grid in grids]
+    row = 0.3 if sum(len(grid) for _, grid in grids) <= MAX_KINDS else 0.2
+    heights = [grid_height(grid, row) for _, grid in grids]
     figure = canvas.new_figure(max(2.6, sum(heights) + 0.6), title)
     panels = figure.subplots(len(grids), 1, squeeze=False, height_ratios=heights)[:, 0]
     norm = _norm([grid for _, grid in grids])
     for axes, (name, grid) in zip(panels, grids, strict=True):
         image = draw_grid(axes, grid, norm, "RdBu_r")
         axes.set_title(clean(name, limit=60))
+        axes.set_xlabel("layer" if axes is panels[-1] else "")
         _write(axes, grid, norm)
     bar = figure.colorbar(image, ax=list(panels), fraction=0.03, pad=0.015, aspect=18 * len(grids))
     _label(bar, norm)

@@ -19,9 +19,9 @@ Grid = Mapping[str, Mapping[int, float]]
 """By kind and layer."""
 
 
-def grid_height(grid: Grid) -> float:
-    """Inches that a panel with such a grid takes."""
-    return 1.1 + 0.3 * min(len(grid), MAX_KINDS)
+def grid_height(grid: Grid, row: float = 0.3) -> float:
+    """Inches that a panel with such a grid takes, with rows so high."""
+    return 1.1 + row * min(len(grid), MAX_KINDS)
 
 
 def draw_grid(axes: Axes, grid: Grid, norm: Normalize, colours: str) -> AxesImage:

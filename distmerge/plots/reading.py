@@ -33,7 +33,7 @@ def calibrated(numbers: Numbers) -> tuple[list[Numbers], list[str], str]:
     spectra = numbers["spectra"]
     found = [output for output in spectra["outputs"] if output["modules"]] if spectra else []
     if len(found) == 1:
-        note = f" of {found[0]['name']}" if len(spectra["outputs"]) > 1 else ""
+        note = f" ({found[0]['name']})" if len(spectra["outputs"]) > 1 else ""
         return found, [""], note
     by_name = {output["name"]: output for output in numbers["outputs"]}
     left = len(found) < len(spectra["outputs"]) if found else False

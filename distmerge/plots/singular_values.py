@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from distmerge.plots import canvas
@@ -25,8 +24,8 @@ def draw(numbers: Numbers, folder: Path) -> Plot | None:
     found = spectra["singular_values"] if spectra else []
     if not found:
         return None
-    of = f" of {found[0]['output']}" if found[0]["output"] else ""
-    title = f"Singular values before and after calibration{of}"
+    note = f" ({found[0]['output']})" if found[0]["output"] else ""
+    title = f"Singular values before and after calibration{note}"
     figure = canvas.new_figure(1.1 + 2.9 * -(-len(found) // 2), title)
     titles = [one["tensor"].removesuffix(".weight") for one in found]
     for number, axes in enumerate(panels := canvas.panels(figure, titles)):
@@ -37,10 +36,10 @@ def draw(numbers: Numbers, folder: Path) -> Plot | None:
         axes.set_ylabel("singular value")
     lines = [
         Line2D([], [], color=FAINT, linewidth=1.5),
-        Line2D([], [], color=INK, marker="o", markersize=3, linewidth=0.8),
+        Line2D([], [], color=INK, marker="o", markersize=3, linewidth=0),
+        *(Line2D([], [], color=COLOURS[key], alpha=0.5) for key in ("damped", "amplified")),
     ]
-    patches = [Patch(color=COLOURS[key], alpha=0.35) for key in ("damped", "amplified")]
-    canvas.legend_below(figure, [*lines, *patches], ["before", "after", "damped", "amplified"])
+    canvas.legend_below(figure, lines, ["before", "after", "damped", "amplified"])
     caption = (
         "Of the update, which is added to the base model. Matrices of the first, the middle and "
         "the last layer, where gamma is spread widest; of a stack of experts, the first. Both axes "
@@ -53,11 +52,10 @@ def _panel(axes: Axes, one: Numbers) -> None:
     at, before, after = (np.array(one[key], dtype=float) for key in ("places", "before", "after"))
     seen = before > SHOWN_BELOW * before.max()
     at, before, after = at[seen], before[seen], after[seen]
-    axes.fill_between(at, before, after, where=after < before, color=COLOURS["damped"], alpha=0.35)
-    amplified = after > before
-    axes.fill_between(at, before, after, where=amplified, color=COLOURS["amplified"], alpha=0.35)
+    for key, where in (("damped", after < before), ("amplified", after > before)):
+        axes.vlines(at[where], before[where], after[where], color=COLOURS[key], alpha=0.5)
     axes.plot(at, before, color=FAINT, linewidth=1.5)
-    axes.plot(at, after, "-o", color=INK, linewidth=0.8, markersize=2)
+    axes.plot(at, after, "o", color=INK, markersize=2.5)
     axes.set_xscale("log")
     axes.set_yscale("log")
     for axis in (axes.xaxis, axes.yaxis):

@@ -14,7 +14,7 @@ from distmerge.plots.reading import Numbers
 MAX_WRITTEN = 16
 """So many tasks have room for their numbers."""
 
-MAX_NAMED = 40
+MAX_NAMED = 24
 
 
 def draw(numbers: Numbers, folder: Path) -> Plot | None:

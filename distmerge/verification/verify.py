@@ -127,7 +127,7 @@ def verify(
         looked, found, drawn = world.on_first(
             "check the headers", lambda: _look(world, target, wanted)
         )
-        sees = world.gather("look for the output", (target / MANIFEST).is_file)
+        sees = world.who_sees([target / MANIFEST])
         able = [rank for rank, there in enumerate(sees) if there]
         shown = progress and world.rank == 0
         problems, unreadable = _read(world, looked, able, shown=shown)

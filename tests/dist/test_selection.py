@@ -14,6 +14,7 @@ import pytest
 from distmerge.dist import join
 from distmerge.errors import PeerError, RunError
 from distmerge.evaluation import measure, measure_all
+from distmerge.output import MANIFEST
 from distmerge.scoring import Measured
 from distmerge.selection import Selection
 from distmerge.stream import single_threaded
@@ -39,6 +40,7 @@ def candidates(folder: Path, count: int) -> list[Path]:
     for number, each in enumerate(folders, start=1):
         each.mkdir()
         (each / "content").write_text("x" * 10 * number)
+        (each / MANIFEST).write_text(f"{number}")
     return folders
 
 
@@ -94,6 +96,8 @@ def test_the_loss_has_the_same_bits_on_any_number_of_ranks(tmp_path: Path, ranks
     (tmp_path / "text").write_text("What the ranks are to measure. " * 20)
     selection = Selection(metric="loss", text=str(tmp_path / "text"))
     models = [save_language_model(tmp_path / f"step={seed}", seed) for seed in range(3)]
+    for model in models:
+        (model / MANIFEST).write_text(model.name)
     with single_threaded():  # as the ranks are
         alone = [measure(selection, model) for model in models]
     assert len({measured.score for measured in alone}) == 3

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as torch_dist
 
 import distmerge
-from distmerge import monitor
+from distmerge import dist, monitor
 from distmerge.dist import World, join
 from distmerge.errors import ConfigError, OutputError, PeerError, RunError
 from distmerge.log import Progress
@@ -239,3 +240,34 @@ def test_progress_counts_the_bytes_of_all_ranks() -> None:
     first, second = run_ranks(advance_twice, 3)[0]
     assert first[-1] == second[-1] == 222
     assert first == sorted(first)
+
+
+def look_from(folder: Path) -> list[bool]:
+    """What rank 1 sees under that name is a file of its own."""
+    with join(use_cuda=False) as world:
+        name = "theirs" if world.rank == 1 else "ours"
+        return world.who_sees([folder / name / "x"])
+
+
+def test_a_file_of_the_same_name_is_not_the_same_file(tmp_path: Path) -> None:
+    for name in ("ours", "theirs"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_text(name)
+    assert run_ranks(look_from, 3, tmp_path) == [[True, False, True]] * 3
+
+
+def never_meet() -> None:
+    def hang(*_: object) -> None:
+        time.sleep(60)
+
+    short = timedelta(seconds=0)
+    mock.patch.multiple(dist, START_TIMEOUT=short, _SLACK=0.5, _start=hang).start()
+    with join(use_cuda=False):
+        pass
+
+
+def test_ranks_that_do_not_meet_end() -> None:
+    """gloo may wait for ever while it connects: a timer ends the process."""
+    ends = observe_ranks(never_meet, 2, timeout=20)
+    assert [end.exit_code for end in ends] == [1, 1]
+    assert all("can't meet the others" in end.stderr for end in ends), ends

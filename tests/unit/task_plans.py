@@ -35,10 +35,10 @@ def planned(
     method: str,
     *,
     tasks: int = 2,
-    own: Plain = None,
+    own: Any = None,
     base_listed: bool = False,
     facts: Facts = Facts(),  # noqa: B008
-    **keys: Plain,
+    **keys: Any,
 ) -> Plan:
     """`method` on `tasks` models with parameters `own`, and other `keys` of the recipe.
 
@@ -46,9 +46,9 @@ def planned(
     """
     parameters: dict[str, Any] = {} if own is None else {"parameters": own}
     names = [f"task-{number}" for number in range(1, tasks + 1)]
-    models: Plain = [{"model": name, **parameters} for name in names]
+    models: list[Plain] = [{"model": name, **parameters} for name in names]
     if base_listed:
-        models = [{"model": "base"}, *models]  # type: ignore[list-item, misc]
+        models.insert(0, {"model": "base"})
     recipe = load_recipe({"merge_method": method, "base_model": "base", "models": models, **keys})
     found = (checkpoint(shapes),) * (tasks + 1)
     everyone = (tuple(range(tasks + 1)),) * len(recipe.variants)

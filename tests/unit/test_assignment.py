@@ -1,4 +1,4 @@
-"""Matrices are dealt out by cost, what is left fills the ranks up; batches of small ones stay whole."""
+"""Matrices are dealt out by cost, batches of small ones stay whole, and the rest fills ranks up."""
 
 from __future__ import annotations
 

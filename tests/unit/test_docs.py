@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -17,6 +18,9 @@ from safetensors.torch import load_file, save_file
 from distmerge.cli import cli
 from distmerge.config import METHODS
 from tests.support.language import save_language_model
+from tests.support.publishing import CLIENTS_OWN_WARNING, running_hub
+
+pytestmark = pytest.mark.filterwarnings(CLIENTS_OWN_WARNING)
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -27,8 +31,8 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the demo's checkpoints, in small, and the configs."""
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with the demo's checkpoints, in small, the configs, and a Hub to publish to."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     first = save_language_model(tmp_path / "first")
@@ -41,7 +45,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         save_file(moved, folder / "model.safetensors", metadata={"format": "pt"})
     for name in ("choose", "report"):
         (tmp_path / f"runs/demo/{name}.txt").write_text(README)
-    return tmp_path
+    with running_hub(monkeypatch):
+        yield tmp_path
 
 
 @pytest.mark.usefixtures("project")

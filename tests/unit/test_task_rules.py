@@ -28,10 +28,10 @@ NAMES = {
 }
 UP = "model.layers.2.mlp.up.weight"
 ATTENTION = "model.layers.2.attn.q.weight"
-SVC: Plain = {"method": "svc"}
+SVC: Any = {"method": "svc"}
 
 
-def weights(own: Plain, name: str, **keys: Plain) -> tuple[float, ...]:
+def weights(own: Any, name: str, **keys: Any) -> tuple[float, ...]:
     return task_of(planned(NAMES, "ties", own=own, **keys), name).weights
 
 
@@ -41,13 +41,13 @@ def test_a_model_s_own_weight_counts_before_the_shared_one() -> None:
 
 
 def test_a_filter_that_does_not_match_leaves_it_to_the_next_level() -> None:
-    own: Plain = {"weight": [{"filter": "attn", "value": 0.5}]}
+    own: Any = {"weight": [{"filter": "attn", "value": 0.5}]}
     assert weights(own, ATTENTION, parameters={"weight": 3}) == (0.5, 0.5)
     assert weights(own, UP, parameters={"weight": 3}) == (3, 3)
 
 
 def test_the_first_filter_that_is_part_of_a_name_decides() -> None:
-    own: Plain = {
+    own: Any = {
         "weight": [
             {"filter": "layers.2.", "value": 1},
             {"filter": "mlp", "value": 2},
@@ -108,7 +108,7 @@ def test_a_density_above_one_keeps_all() -> None:
 
 @pytest.mark.parametrize("method", [*WEIGHTED, *WHOLE])
 def test_a_base_that_is_listed_among_the_models_is_no_task(method: str) -> None:
-    own: Plain = {"weight": 1} if method in WEIGHTED else None
+    own: Any = {"weight": 1} if method in WEIGHTED else None
     found = planned(NAMES, method, own=own, base_listed=True, calibrate=SVC)
     rule = tensor_of(found, UP).rule
     assert rule.inputs == (0, 1, 2)
@@ -132,7 +132,7 @@ def test_where_the_base_is_listed_changes_no_more_than_the_order_of_a_sum(tmp_pa
 @pytest.mark.parametrize("tasks", [1, 2, 8])
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare_linear", "iso_c", "star"])
 def test_alpha_is_one_over_the_number_of_tasks_by_itself(method: str, tasks: int) -> None:
-    own: Plain = {"weight": 1} if method in WEIGHTED else None
+    own: Any = {"weight": 1} if method in WEIGHTED else None
     for calibrate in (SVC, {"method": "svc", "alpha": "auto"}):
         plan = planned(NAMES, method, tasks=tasks, own=own, calibrate=calibrate)
         assert task_of(plan, UP).alpha == 1 / tasks
@@ -142,14 +142,14 @@ def test_alpha_is_one_over_the_number_of_tasks_by_itself(method: str, tasks: int
 
 def test_what_tsv_m_made_is_only_suppressed() -> None:
     assert task_of(planned(NAMES, "tsv_m", tasks=8, calibrate=SVC), UP).alpha == 1
-    low: Plain = {"method": "svc", "alpha": 0.25}
+    low: Any = {"method": "svc", "alpha": 0.25}
     assert task_of(planned(NAMES, "tsv_m", tasks=8, calibrate=low), UP).alpha == 0.25
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "tsv_m", "iso_c", "iso_cts", "star"])
 def test_what_is_no_matrix_is_a_sum(method: str) -> None:
     """Of the tasks with their weights; where a method has none, of their mean."""
-    own: Plain = {"weight": 0.5} if method in WEIGHTED else None
+    own: Any = {"weight": 0.5} if method in WEIGHTED else None
     plan = planned(NAMES, method, own=own, calibrate=SVC, parameters={"lambda": 3})
     share = 1.5
     for name in (EMBED, NORM):
@@ -172,7 +172,7 @@ def test_task_arithmetic_and_expo_without_svc_are_sums() -> None:
 def test_the_coefficients_of_a_sum_add_up_to_one(values: list[float]) -> None:
     """So a tensor in which no model differs from the base comes out as it was."""
     for name, value in (("normalize", True), ("normalize", False)):
-        own: Plain = {"weight": values} if len(values) > 1 else {"weight": values[0]}
+        own: Any = {"weight": values} if len(values) > 1 else {"weight": values[0]}
         plan = planned(NAMES, "task_arithmetic", own=own, parameters={name: value, "lambda": 0.7})
         for tensor in plan.tensors:
             assert sum(tensor.rule.coefficients[0]) == pytest.approx(1, abs=1e-12)
