@@ -159,14 +159,15 @@ def _merge_pass(printed: str) -> dict[str, float]:
     return {"pass_s": float(found[1])} if found else {}
 
 
-def make_work(workdir: Path, size: str, out: Path) -> Work:
+def make_work(workdir: Path, size: str, out: Path, *, models: int = 3) -> Work:
     """Write the models that are missing, and the recipe; fails if the disk is too small."""
     folder = workdir / size
     script = [".venv/bin/python", "benchmarks/synthetic.py", str(folder), "--size", size]
+    script += ["--models", str(models)]
     subprocess.run(script, check=True)
-    inputs = [folder / f"model-{number}" for number in range(3)]
-    models = [{"model": str(each.resolve()), "parameters": {"weight": 1.0}} for each in inputs]
-    config = {"merge_method": "linear", "dtype": "bfloat16", "models": models}
+    inputs = [folder / f"model-{number}" for number in range(models)]
+    entries = [{"model": str(each.resolve()), "parameters": {"weight": 1.0}} for each in inputs]
+    config = {"merge_method": "linear", "dtype": "bfloat16", "models": entries}
     work = Work(inputs, folder / "linear.yml", out)
     work.recipe.write_text(yaml.safe_dump(config, sort_keys=False))
     shutil.rmtree(out, ignore_errors=True)
@@ -216,14 +217,16 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
             notes.append(f"{SECTIONS[name]}: left out. {error}")
             print(notes[-1], flush=True)
     torch = execute([".venv/bin/python", "-c", "import torch"])[1].bytes
-    return {"about": about(options), "notes": notes, "torch_peak_bytes": torch, "runs": runs}
+    found = about(options, "benchmarks/bench_average.py", "3")
+    found["models"] += f"; larger: 3 of {options.large_size}"
+    return {"about": found, "notes": notes, "torch_peak_bytes": torch, "runs": runs}
 
 
-def about(options: argparse.Namespace) -> dict[str, str]:
+def about(options: argparse.Namespace, script: str, models: str) -> dict[str, str]:
     """The machine, the versions and the command: what it takes to judge or repeat the numbers."""
     return {
-        **machine(shlex.join(["python", "benchmarks/bench_average.py", *sys.argv[1:]])),
-        "models": f"3 of {options.size} in bfloat16; larger: 3 of {options.large_size}",
+        **machine(f"python {script} {shlex.join(sys.argv[1:])}".strip()),
+        "models": f"{models} of {options.size} in bfloat16",
         "memory": output_of("sed", "-n", "s/^MemTotal: *//p", "/proc/meminfo"),
         "filesystem": output_of("df", "--output=fstype", str(options.workdir)).split()[-1],
         "mergekit, torch": output_of(f"{MERGEKIT}/python", "-c", VERSIONS, "mergekit", "torch"),

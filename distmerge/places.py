@@ -1,4 +1,4 @@
-"""Where in a model a tensor or a module stands, as its name tells: in which layer, of which kind."""
+"""Where in a model a tensor or a module stands, as its name tells: which layer, which kind."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ NUMBERS = "report.json"
 PAGE = "report.html"
 BEST = "best"
 
-METHODS = {
+TITLES = {
     "average": "Average",
     "extra_merge": "Extra-Merge",
     "linear": "Weighted sum",
@@ -176,7 +176,7 @@ def _title(recipe: dict[str, Any], count: int) -> str:
     calibrated = " + SVC" if recipe.get("calibrate") else ""
     what = "checkpoint" if "trajectory" in recipe else "model"
     several = "" if count == 1 else "s"
-    return f"{METHODS[recipe['merge_method']]}{calibrated} of {count} {what}{several}"
+    return f"{TITLES[recipe['merge_method']]}{calibrated} of {count} {what}{several}"
 
 
 def _on_tasks(outputs: Sequence[_Made]) -> bool:

@@ -90,7 +90,7 @@ def summed_up(
             for name in outputs
             if any(name in entry["outputs"] for entry in known)
         ],
-        "singular_values": [found for name in shown[:1] for found in _singular_values(name, known)],
+        "singular_values": next(filter(None, (_singular_values(n, known) for n in shown)), []),
         "fallbacks": [
             {key: entry[key] for key in ("tensor", "start", "matrices", "fallback")}
             for entry in known
@@ -100,21 +100,21 @@ def summed_up(
 
 
 def _checked(entry: Numbers, tasks: int) -> Numbers:
-    """Raises ValueError where `entry` does not fit together, or holds what is no number."""
-    lists = [entry["products"], entry["sigma"]]
-    for gammas in entry["outputs"].values():
-        lists += [gammas["quantiles"], gammas["gamma"]]
-        lists.append([gammas[key] for key in ("damped", "amplified", "alpha", "lambda")])
-        fits = len(gammas["quantiles"]) == len(LEVELS) and len(gammas["gamma"]) == len(
-            entry["sigma"]
-        )
-        if not fits or gammas["quantiles"][0] <= 0 or gammas["alpha"] <= 0:
-            raise ValueError(f"{entry['tensor']}: gamma is not what a merge writes")
-    fits = len(entry["sigma"]) == len(entry["places"])
-    if not fits or len(entry["products"]) != tasks * (tasks + 1) // 2:
-        raise ValueError(f"{entry['tensor']}: its numbers do not fit together")
-    if not all(math.isfinite(x) for numbers in lists for x in numbers):
-        raise ValueError(f"{entry['tensor']}: it holds NaN or Inf")
+    """`entry` itself. Raises ValueError where its numbers are not such as `kept` writes."""
+    outputs = entry["outputs"].values()
+    found = [entry["products"], entry["sigma"]]
+    lengths = [tasks * (tasks + 1) // 2, len(entry["places"])]
+    for gammas in outputs:
+        shares = [gammas[key] for key in ("alpha", "damped", "amplified", "lambda")]
+        found += [gammas["quantiles"], gammas["gamma"], shares]
+        lengths += [len(LEVELS), len(entry["places"]), len(shares)]
+    positive = [
+        _directions(entry),
+        *(x for g in outputs for x in (g["alpha"], *g["quantiles"][:1])),
+    ]
+    finite = all(math.isfinite(x) for numbers in found for x in numbers)
+    if not finite or min(positive) <= 0 or [len(numbers) for numbers in found] != lengths:
+        raise ValueError(f"{entry['tensor']}: its numbers are not what a merge writes")
     return entry
 
 
@@ -235,7 +235,9 @@ def _directions(entry: Numbers) -> int:
 def _singular_values(name: str, entries: Sequence[Numbers]) -> list[Numbers]:
     """Before and after the calibration, lambda included, of a few matrices, layer by layer."""
     able = [
-        e for e in entries if name in e["outputs"] and name in e["sigma_of"] and any(e["sigma"])
+        entry
+        for entry in entries
+        if name in entry["sigma_of"] and entry["outputs"][name]["lambda"] and any(entry["sigma"])
     ]
     return [_before_and_after(entry, name) for entry in sorted(_chosen(able, name), key=_layer)]
 

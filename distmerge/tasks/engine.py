@@ -19,6 +19,7 @@ from distmerge.assignment import batches
 from distmerge.budget import Budget, held_bytes
 from distmerge.dist import World
 from distmerge.engine import Outcome, Sink, overflow
+from distmerge.errors import NonFiniteError, RunError
 from distmerge.log import LOGGER
 from distmerge.matrices import Matrix, alone
 from distmerge.methods.average import count_nonfinite
@@ -167,11 +168,15 @@ class TaskEngine:
 
     def _merge(self, batch: Sequence[Given], world: World, outbox: Outbox) -> None:
         jobs = [self._plan.jobs[given.number] for given in batch]
-        with world.monitor.excused():
-            if self._plan.matrices(jobs[0]):
-                self._matrices(batch, world, outbox)
-            else:
-                self._elements(batch[0], world, outbox)
+        try:
+            with world.monitor.excused():
+                if self._plan.matrices(jobs[0]):
+                    self._matrices(batch, world, outbox)
+                else:
+                    self._elements(batch[0], world, outbox)
+        except torch.cuda.OutOfMemoryError as error:
+            name = self._plan.tensors[jobs[0].tensor].name
+            raise RunError(f"{name}: out of GPU memory; use --device cpu") from error
         for job in jobs:
             world.monitor.advance(self._plan.read_bytes(job) + self._plan.write_bytes(job))
             self._written += self._plan.write_bytes(job)
@@ -230,30 +235,40 @@ class TaskEngine:
             self._put(given.number, output, out, outbox)
 
     def _bundle(self, batch: Sequence[Given], world: World, outbox: Outbox) -> None:
-        """The same for jobs of one matrix each, which are solved as a batch."""
-        given = Bundle(self._plan, batch)
+        """The same for jobs of one matrix each, which are solved as a batch; one by one where that
+        fails: each takes less memory, and an error names its tensor."""
+        solved = self._together(batch, world)
+        if solved is None:
+            for given in batch:
+                self._matrices([given], world, outbox)
+            return
+        merge, results = solved
+        for place, given in enumerate(batch):
+            self._how.spectra.add(described(self._plan, given.number, [merge], place))
+            for output, result in enumerate(results):
+                out = self._room(given.number, outbox)
+                typed(out, merge.tensor.dtype).copy_(result[place].view(-1))
+                self._put(given.number, output, out, outbox)
+
+    def _together(self, batch: Sequence[Given], world: World) -> tuple[MatrixMerge, Tensors] | None:
+        """A batch and all its outputs (matrices x rows x columns), or None."""
+        given, before = Bundle(self._plan, batch), self._nonfinite
         job = self._plan.jobs[given.number]
         matrix = self._plan.matrices(job)[0]._replace(slices=len(batch))
-        elements = Elements(self._plan, given, Alone(world), self._device)
         try:
+            elements = Elements(self._plan, given, Alone(world), self._device)
             merge = MatrixMerge(self._plan, given, matrix, elements, Alone(world), self._device)
-        except torch.cuda.OutOfMemoryError:
-            self._tell_of_room(given)
-            for held in batch:
-                self._matrices([held], world, outbox)
-            return
-        dtype = getattr(torch, merge.tensor.dtype.torch_name)
-        results = []
-        for output in range(len(self._plan.outputs)):
-            results.append(torch.empty(len(batch), matrix.rows, matrix.columns, dtype=dtype))
-            for piece, part in self._parts(merge, output, world):
-                results[-1][piece] = part
-        for place, held in enumerate(batch):
-            self._how.spectra.add(described(self._plan, held.number, [merge], place))
-            for output, result in enumerate(results):
-                out = self._room(held.number, outbox)
-                typed(out, merge.tensor.dtype).copy_(result[place].view(-1))
-                self._put(held.number, output, out, outbox)
+            dtype = getattr(torch, merge.tensor.dtype.torch_name)
+            results = []
+            for output in range(len(self._plan.outputs)):
+                results.append(torch.empty(len(batch), matrix.rows, matrix.columns, dtype=dtype))
+                for piece, part in self._parts(merge, output, world):
+                    results[-1][piece] = part
+            return merge, results
+        except (torch.cuda.OutOfMemoryError, NonFiniteError, RunError) as error:
+            LOGGER.debug("one by one instead of a batch of %d: %s", len(batch), error)
+            self._nonfinite = before
+            return None
 
     def _parts(
         self, merge: MatrixMerge, output: int, world: World

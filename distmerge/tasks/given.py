@@ -195,8 +195,11 @@ class Loader:
         stream, device = self._copies, self._device
 
         def upload(raw: torch.Tensor) -> torch.Tensor:
-            with torch.cuda.stream(stream):
-                moved = raw.to(device, non_blocking=True)
+            try:
+                with torch.cuda.stream(stream):
+                    moved = raw.to(device, non_blocking=True)
+            except torch.cuda.OutOfMemoryError:  # others use the GPU too
+                return raw
             stream.synchronize()
             return moved
 

@@ -74,6 +74,10 @@ class Elements:
         self._given, self._device = given, device
         self._tasks = tensor.rule.tasks
         self._vectors = TaskVectors(device)
+        base = plan.inputs[tensor.rule.inputs[0]].tensors[tensor.name]
+        self._wide = torch.float64 if base.dtype.name == "F64" else torch.float32
+        self._merged = torch.empty(BLOCK_ELEMENTS, dtype=torch.float32, device=device)
+        self._result = torch.empty(BLOCK_ELEMENTS, dtype=self._wide, device=device)
         self._mergers = {task.base: merger(task, tensor.name) for task in self._tasks}
         mergers = list(self._mergers.values())
         searching = any(found.method in ELEMENTWISE for found in mergers)
@@ -101,26 +105,28 @@ class Elements:
 
     def results(self, step: Step, inputs: Tensors, outs: Sequence[torch.Tensor]) -> list[bool]:
         """Fill `outs`, a step of every output, 1-D; whether each went well."""
-        sound = [True] * len(outs)
+        checks: list[list[torch.Tensor]] = [[] for _ in outs]
         for block in self.flat(step, inputs):
             first = block.start - step.start
-            merged: dict[Task, tuple[torch.Tensor, torch.Tensor]] = {}
-            for number, task in enumerate(self._tasks):
-                if task.base not in merged:
-                    delta = torch.empty(block.base.shape, device=self._device)
-                    check = self.merge(task.base, block, delta)
-                    merged[task.base] = delta, check
-                delta, check = merged[task.base]
-                result = added(block.base, delta, task.scale)
-                out = outs[number][first : first + result.numel()]
-                out.copy_(result[0])
-                sound[number] &= bool((check + out.sum(dtype=result.dtype)).isfinite())
-        return sound
+            shape = block.base.shape
+            for base in self._mergers:
+                merged = _part(self._merged, shape)
+                check = self.merge(base, block, merged)
+                for number in (n for n, task in enumerate(self._tasks) if task.base == base):
+                    result = _part(self._result, shape)
+                    torch.mul(merged, self._tasks[number].scale, out=result).add_(block.base)
+                    out = outs[number][first : first + result.numel()]
+                    checks[number] += [check.cpu(), out.copy_(result[0]).sum(dtype=result.dtype)]
+        return [bool(torch.stack(each).isfinite().all()) for each in checks]
+
+
+def _part(buffer: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    return buffer[: shape.numel()].view(shape)
 
 
 def moved(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`x` on `device`. To a GPU in its stream's order; on the way back, nothing would wait."""
-    return x.to(device, non_blocking=device.type == "cuda")
+    """`x` on `device`; the loader has brought it there if there was room for all of a job."""
+    return x if x.device == device else x.to(device)
 
 
 def added(base: torch.Tensor, delta: torch.Tensor, scale: float) -> torch.Tensor:

@@ -49,17 +49,19 @@ class Line:
 
 
 class Together:
-    """A merging.Driver for all ranks; `solver` is the one that solves."""
+    """A merging.Driver for all ranks; `solver` is the one that solves. Panels are on `device`."""
 
-    def __init__(self, world: World, line: Line, solver: int):
+    def __init__(self, world: World, line: Line, solver: int, device: torch.device):
         self._world, self._line, self._solver = world, line, solver
+        self._device = device
 
     def drive(self, method: Method[T], count: int, panel: Panels) -> T:
         try:
             stage = next(method)
             while True:
                 total = self._summed(stage, count, panel)
-                stage = method.send(self._told(lambda: stage.solve(total)))  # noqa: B023
+                solution = self._told(lambda: stage.solve(total))  # noqa: B023
+                stage = method.send(self._moved(solution))
         except StopIteration as end:
             return end.value  # type: ignore[no-any-return]
 
@@ -76,7 +78,7 @@ class Together:
             if owner == world.rank:
                 world.check()
                 part = stage.accumulate(panel(number))
-            part = self._line.pass_on(part, owner, self._solver)
+            part = self._moved(self._line.pass_on(part, owner, self._solver))
             if world.rank == self._solver:
                 total = stage.combine(total, part) if total else part
         return total
@@ -84,6 +86,10 @@ class Together:
     def _told(self, find: Callable[[], Tensors]) -> Tensors:
         found = find() if self._world.rank == self._solver else []
         return self._line.share(found, self._solver)
+
+    def _moved(self, tensors: Tensors) -> Tensors:
+        """What has come from other ranks is on the CPU."""
+        return [x.to(self._device) for x in tensors]
 
 
 def run_shared(
@@ -104,7 +110,7 @@ def run_shared(
     with closing(Line(world)) as line, world.monitor.excused():
         for turn, number in enumerate(jobs):
             job = plan.jobs[number]
-            driver = Together(world, line, turn % world.size)
+            driver = Together(world, line, turn % world.size, how.solver)
             given = Filed(plan, number, stream, inputs, world)
             elements = Elements(plan, given, driver, how.solver)
             merges = [
