@@ -6,9 +6,7 @@ Loader -> Elements or MatrixMerge -> Sink.write
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import closing
 from functools import cached_property
 from typing import NamedTuple, TypeVar
@@ -27,7 +25,6 @@ from distmerge.methods.stages import Method, drive
 from distmerge.planner import Plan
 from distmerge.sources.reader import Inputs
 from distmerge.spec import PAGE
-from distmerge.storage import aligned_buffer
 from distmerge.stream import Step, Stream, nonfinite_input, steps, typed
 from distmerge.tasks.given import (
     Bundle,
@@ -39,8 +36,8 @@ from distmerge.tasks.given import (
     viewed,
 )
 from distmerge.tasks.merging import Elements, MatrixMerge, Panels
+from distmerge.tasks.outbox import Outbox
 from distmerge.tasks.spectra import Spectra, described
-from distmerge.threads import Threads
 
 T = TypeVar("T")
 
@@ -72,40 +69,6 @@ class Alone:
 
     def whole(self, find: Callable[[], Tensors]) -> Tensors:
         return find()
-
-
-class Outbox:
-    """Two buffers of results: one is written while the other is filled."""
-
-    def __init__(self, sink: Sink, world: World, *, pinned: bool = False):
-        self._sink, self._world, self._pinned = sink, world, pinned
-        self._thread = Threads(1, "write")
-        self._buffers = deque([torch.empty(0, dtype=torch.uint8)] * 2)
-        self._writes: deque[Future[None]] = deque()
-
-    def buffer(self, num_bytes: int, offset: int) -> torch.Tensor:
-        """Room for a result that goes to `offset` of its file, until `put` is called twice more."""
-        while len(self._writes) >= len(self._buffers):
-            self._world.wait(self._writes.popleft())
-        if self._buffers[0].numel() < num_bytes + PAGE:
-            self._buffers[0] = aligned_buffer(num_bytes + PAGE, pinned=self._pinned)
-        self._buffers.rotate(-1)
-        return self._buffers[-1][offset % PAGE :][:num_bytes]
-
-    def put(self, parts: Sequence[tuple[int, int, torch.Tensor]]) -> None:
-        """Write parts of the last buffer: file, offset and data."""
-        self._writes.append(self._thread.submit(self._write, parts))
-
-    def _write(self, parts: Sequence[tuple[int, int, torch.Tensor]]) -> None:
-        for file, offset, data in parts:
-            self._sink.write(file, offset, data)
-
-    def finish(self) -> None:
-        while self._writes:
-            self._world.wait(self._writes.popleft())
-
-    def close(self) -> None:
-        self._thread.close()
 
 
 class TaskEngine:
@@ -302,8 +265,9 @@ class TaskEngine:
             try:
                 if device != self._device:
                     elements = Elements(self._plan, given, Alone(world), device)
+                note = None if device == self._device else "cpu: the GPU's memory was too small"
                 return [
-                    MatrixMerge(self._plan, given, part, elements, Alone(world), device)
+                    MatrixMerge(self._plan, given, part, elements, Alone(world), device, note)
                     for part in parts
                 ]
             except torch.cuda.OutOfMemoryError:

@@ -147,17 +147,18 @@ class MatrixMerge:
     """One matrix (or batch of them) of a job, solved by `driver` when it is made.
 
     `products` are, by panel that this rank has seen, those of the task vectors with each other: of
-    the first with all from itself on, then of the second ..., for each matrix of a batch.
+    the first with all from itself on, then of the second ..., for each matrix of a batch. `note` is
+    told with the fall-backs.
     Raises NonFiniteError where an input holds NaN or Inf, RunError where a matrix can't be
     decomposed.
     """
 
     def __init__(
         self, plan: Plan, given: Given, matrix: Matrix, elements: Elements, driver: Driver,
-        device: torch.device,
+        device: torch.device, note: str | None = None,
     ):  # fmt: skip
         self._plan, self._given, self.matrix = plan, given, matrix
-        self._elements, self._device = elements, device
+        self._elements, self._device, self._note = elements, device, note
         self.tensor = plan.tensors[plan.jobs[given.number].tensor]
         self.pieces = panels(matrix)
         self._now: tuple[int, Tensors] | None = None
@@ -278,7 +279,7 @@ class MatrixMerge:
         """What is reported of it, or of the matrix at `place` in the batch."""
         gammas: dict[int, torch.Tensor] = {}
         sigma = torch.empty(0)
-        fallbacks: list[str | None] = []
+        fallbacks = [self._note]
         for calibration, own in self._solved.calibrations.values():
             one = (...,) if place is None else (place, ...)
             sigma, gamma = calibration.sigma[one], calibration.gamma[one]
