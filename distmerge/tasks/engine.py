@@ -259,22 +259,27 @@ class TaskEngine:
         self, given: Given, matrix: Matrix, elements: Elements, world: World
     ) -> list[MatrixMerge]:
         """The matrix, or its slices one by one, or on the CPU, if a GPU's memory is too small."""
-        cpu = torch.device("cpu")
+        cpu, failed = torch.device("cpu"), ""
         ways = [(self._device, [matrix]), (self._device, alone(matrix)), (cpu, [matrix])]
         for device, parts in ways if self._device.type == "cuda" else ways[:1]:
             try:
                 if device != self._device:
                     elements = Elements(self._plan, given, Alone(world), device)
-                note = None if device == self._device else "cpu: the GPU's memory was too small"
+                note = None if device == self._device else f"cpu: on the GPU, {failed}"
                 return [
                     MatrixMerge(self._plan, given, part, elements, Alone(world), device, note)
                     for part in parts
                 ]
             except torch.cuda.OutOfMemoryError:
-                self._tell_of_room(given)
+                failed = "out of memory"
+            except RunError as error:  # its library can't decompose it
+                if device.type == "cpu":
+                    raise
+                failed = str(error)
+            self._tell(given, failed)
         raise AssertionError("the CPU raises no such error")
 
-    def _tell_of_room(self, given: Given) -> None:
+    def _tell(self, given: Given, failed: str) -> None:
         torch.cuda.empty_cache()
         name = self._plan.tensors[self._plan.jobs[given.number].tensor].name
-        LOGGER.warning("%s: out of GPU memory; trying with less", name)
+        LOGGER.warning("%s: on the GPU, %s; trying with less, or on the CPU", name, failed)

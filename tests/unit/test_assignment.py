@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from distmerge.assignment import assign, batches
 from distmerge.document import Plain
-from distmerge.matrices import BATCH_ELEMENTS
+from distmerge.matrices import BATCH_ELEMENTS, Facts
 from distmerge.planner import Plan
 from tests.unit.task_plans import Shapes, planned
 
@@ -89,11 +89,19 @@ def test_what_is_no_matrix_fills_the_ranks_up_in_stretches(
     assert list(itertools.chain(*stretches)) == rest
     largest = max((plan.cost(plan.jobs[number]) for number in rest), default=0.0)
     before = loads(plan, [[n for n in share if n in whole] for share in shares])
-    after = loads(plan, shares)
-    # Whoever got some of it is not far above anyone, and whoever got none had more than enough.
-    level = max((x for x, stretch in zip(after, stretches, strict=True) if stretch), default=0.0)
-    for load, ready in zip(after, before, strict=True):
-        assert load >= level - 2 * largest - 1e-6 * level or ready == load >= level - 2 * largest
+    level = water_level(before, sum(plan.cost(plan.jobs[number]) for number in rest))
+    for load, ready in zip(loads(plan, shares), before, strict=True):
+        assert abs(load - max(ready, level)) <= largest + 1e-6 * level
+
+
+def water_level(grounds: Sequence[float], water: float) -> float:
+    """Where the surface is when so much water has been poured over grounds of these heights."""
+    low, high = min(grounds), max(grounds) + water
+    for _ in range(100):
+        middle = (low + high) / 2
+        held = sum(max(0.0, middle - ground) for ground in grounds)
+        low, high = (middle, high) if held < water else (low, middle)
+    return high
 
 
 @given(CONTENT, METHODS, RANKS)
@@ -134,6 +142,17 @@ def test_alike_matrices_are_batched_and_those_of_other_weights_are_not() -> None
     weights: Plain = {"weight": [{"filter": "layers.1.", "value": 0.5}, {"value": 1}]}
     apart = planned(shapes, "task_arithmetic", own=weights, calibrate=CALIBRATE)
     assert batches(apart) == [[0, 2, 3], [1]]
+
+
+def test_stacks_and_jobs_of_several_matrices_are_batches_by_themselves() -> None:
+    stacks = planned({f"layers.{n}.experts.up_proj": (4, 32, 32) for n in range(3)}, "iso_c")
+    assert batches(stacks) == [[0], [1], [2]]
+    fused = {f"h.{n}.attn.c_attn.weight": (48, 48) for n in range(3)}
+    split: Plain = {"method": "svc", "split": {"*c_attn*": 3}}
+    columns = planned(fused, "task_arithmetic", own=OWN, calibrate=split, facts=Facts("gpt2"))
+    assert batches(columns) == [[0], [1], [2]]
+    rows = planned(fused, "task_arithmetic", own=OWN, calibrate=split)
+    assert batches(rows) == [list(range(9))]
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 8])

@@ -157,7 +157,7 @@ def test_a_folder_with_signs_in_its_name_is_a_folder(tmp_path: Path) -> None:
 
 UNKNOWN: dict[str, tuple[str, str]] = {
     "top level": ("merge_metod: linear", "line 1, merge_metod: .*did you mean 'merge_method'"),
-    "method": ("merge_method: linar", "average, extra_merge, linear; got 'linar' .*'linear'"),
+    "method": ("merge_method: linar", "average, extra_merge, linear, .*; got 'linar' .*'linear'"),
     "far from all": (LINEAR + "zzz: 1", "line 8, zzz: unknown key; known here: merge_method"),
     "model": (LINEAR.replace("    parameters: {w", "    paramters: {w"),
               r"line 4, models\[0\]\.paramters: .*'parameters'"),

@@ -316,6 +316,7 @@ def test_scores_are_shown_with_six_digits(score: float, shown: str, tmp_path: Pa
         ("h.0.mlp.c_fc", "", "mlp.c_fc", 0),
         ("7", "", "whole layer", 7),
         ("a.2.experts.17.w1", "", "experts.*.w1", 2),
+        ("a.1.new\nline", "", "new\nline", 1),
     ],
 )
 def test_the_first_number_of_a_module_is_its_layer(

@@ -83,7 +83,8 @@ def cosines(models: Sequence[Tensors], names: Sequence[str]) -> torch.Tensor:
              for n in names]  # fmt: skip
     flat = torch.stack([torch.cat(each) for each in zip(*parts, strict=True)])
     unit = flat / flat.norm(dim=1, keepdim=True)
-    return unit.matmul(unit.T)
+    products: torch.Tensor = unit @ unit.T
+    return products
 
 
 def test_gamma_is_told_by_module_and_layer(
@@ -378,6 +379,16 @@ def test_what_can_not_be_drawn_is_left_out(tmp_path: Path) -> None:
         "tasks.png",
     ]
     assert "&ndash;" in page.html(found, [], tmp_path)
+
+
+def test_singular_values_that_are_rounding_are_left_out(tmp_path: Path) -> None:
+    """They would stretch the axis until nothing else could be seen."""
+    pictures = []
+    for noise in (1e-12, 1e-15):
+        found = drawable([{**entry(), "tensor": "layers.0.q", "sigma": [2, noise]}])
+        draw(found, tmp_path)
+        pictures.append((tmp_path / "singular_values.png").read_bytes())
+    assert pictures[0] == pictures[1]
 
 
 @pytest.mark.parametrize(
