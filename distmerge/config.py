@@ -96,7 +96,7 @@ class Config:
 
 
 def parse_config(root: Node) -> Config:
-    """Check a document; `sweep`, `select`, `publish` are not its. Raises ConfigError with its place."""
+    """Check a document, but for `sweep`, `select`, `publish`. Raises ConfigError with its place."""
     if isinstance(root.value, dict):
         for key in [key for key in _LATER if key in root.value]:
             Node(root.value[key], (key,), root.origin).fail(_LATER[key])
@@ -179,8 +179,8 @@ def _parse_shared(root: Node, keys: dict[str, Node], method: str) -> dict[str, P
     merger = MERGERS.get(method)
     known = (*merger.shared, *merger.own) if merger else PARAMETERS
     found = _parse_parameters(keys.get("parameters"), known)
-    for name in merger.shared if merger else ():
-        if merger and merger.shared[name] is None and name not in found:
+    for name, default in merger.shared.items() if merger else ():
+        if default is None and name not in found:
             keys.get("parameters", root).fail(f"{name} is missing")
     return found
 

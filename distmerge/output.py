@@ -196,7 +196,8 @@ def _input(checkpoint: Checkpoint) -> dict[str, Plain]:
 def _coefficients(plan: Plan, number: int) -> list[Plain]:
     """Each distinct set of coefficients, by input, with the tensors that it holds for.
 
-    The most frequent set stands first and for all tensors that no other set names.
+    The most frequent set stands first and for all tensors that no other set names, unless some
+    come of task vectors.
     """
     groups: dict[tuple[tuple[int, float], ...], list[Plain]] = {}
     terms = cache(lambda rule: tuple(output_terms(rule, number).items()))
@@ -207,7 +208,8 @@ def _coefficients(plan: Plan, number: int) -> list[Plain]:
     listed: list[Plain] = []
     for group, names in sorted(groups.items(), key=lambda entry: -len(entry[1])):
         by_input: dict[str, Plain] = {str(place[i]): value for i, value in group}
-        listed.append({"by_input": by_input, "tensors": names if listed else "all others"})
+        alone = listed or any(tensor.rule.kind == "tasks" for tensor in plan.tensors)
+        listed.append({"by_input": by_input, "tensors": names if alone else "all others"})
     return listed
 
 

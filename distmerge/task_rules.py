@@ -153,9 +153,9 @@ class TaskRules:
             if len(rows) == 1 and outputs % rows[0] == 0:
                 return (outputs // rows[0],) * rows[0]
             if len(rows) == 1 or sum(rows) != outputs:
-                parts = f"{rows[0]} equal parts" if len(rows) == 1 else f"parts of {sum(rows)} in all"
+                parts = f"{rows[0]} equal parts" if len(rows) == 1 else f"{sum(rows)} in all"
                 raise ConfigError(
-                    f"calibrate.split: {pattern}: {name} has {outputs} outputs, which are not {parts}"
+                    f"calibrate.split: {pattern}: {name} has {outputs} outputs, not {parts}"
                 )
             return rows
         return (outputs,)

@@ -25,6 +25,7 @@ def draw(numbers: Numbers, folder: Path) -> Plot | None:
     tasks = [clean(name, limit=24) for name in spectra["tasks"]]
     title = "Cosines between the task vectors"
     figure = canvas.new_figure(2.4 + min(4.6, max(1.2, 0.42 * len(tasks))), title)
+    figure.set_layout_engine("compressed")  # the squares are narrower than the page
     axes = figure.subplots()
     _heat(axes, spectra["cosines"], tasks)
     bar = figure.colorbar(axes.images[0], ax=axes, fraction=0.04, pad=0.02, aspect=20)

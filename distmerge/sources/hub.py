@@ -23,6 +23,9 @@ from distmerge.sources.remote import OPENING, Ranges, RemoteFile, listing
 from distmerge.sources.sidecars import SIDECARS
 from distmerge.threads import Threads
 
+BESIDE = (*SIDECARS, "README.md")
+"""What is fetched beside the weights; the card says under which licence they are."""
+
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -71,7 +74,7 @@ def download(ref: ModelRef, *, local_only: bool) -> Fetched:
     Raises SourceError.
     """
     with explained(ref):
-        folder = _snapshot(ref, SIDECARS, local_only)
+        folder = _snapshot(ref, BESIDE, local_only)
         named = sorted(set(_weight_map(ref, folder).values()))
         shards = [glob.escape(name) for name in named] or ["*.safetensors"]
         return Fetched(_snapshot(ref, shards, local_only))
@@ -92,7 +95,7 @@ def stay_remote(ref: ModelRef, *, local_only: bool) -> Fetched:
     `local_only` and errors as in `download`.
     """
     with explained(ref):
-        folder = _snapshot(ref, SIDECARS, local_only)
+        folder = _snapshot(ref, BESIDE, local_only)
         heads = cached_assets_path("distmerge", namespace=ref.path, subfolder="heads")
         kept = heads / f"{ref.commit}.json"
         try:

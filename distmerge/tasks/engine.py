@@ -17,7 +17,7 @@ from distmerge.assignment import batches
 from distmerge.budget import Budget, held_bytes
 from distmerge.dist import World
 from distmerge.engine import Outcome, Sink, overflow
-from distmerge.errors import NonFiniteError, RunError
+from distmerge.errors import NonFiniteError, PeerError, RunError
 from distmerge.log import LOGGER
 from distmerge.matrices import Matrix, alone
 from distmerge.methods.average import count_nonfinite
@@ -273,7 +273,7 @@ class TaskEngine:
             except torch.cuda.OutOfMemoryError:
                 failed = "out of memory"
             except RunError as error:  # its library can't decompose it
-                if device.type == "cpu":
+                if device.type == "cpu" or isinstance(error, PeerError):
                     raise
                 failed = str(error)
             self._tell(given, failed)

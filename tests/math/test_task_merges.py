@@ -13,6 +13,7 @@ from distmerge.document import Plain
 from distmerge.pipeline import Options
 from tests.support import spectral_reference
 from tests.support.checkpoints import read_output
+from tests.support.drawing import without_drawing
 from tests.support.reference import check_sum
 from tests.support.svc_reference import calibrated
 from tests.support.tasks import CONFIG, SHAPES, Recipe, Tensors, family, recipe, write_family
@@ -25,7 +26,8 @@ OTHERS = [name for name in SHAPES if name not in MATRICES]
 
 
 def merged(folder: Path, made: Recipe, options: Options = Options()) -> Tensors:  # noqa: B008
-    distmerge.merge(made, folder / "out", options=options)
+    with without_drawing():
+        distmerge.merge(made, folder / "out", options=options)
     return read_output(folder / "out")
 
 

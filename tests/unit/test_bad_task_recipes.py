@@ -180,9 +180,9 @@ RECIPES: dict[str, tuple[str, Make]] = {
                            svc(split={"*norm*": 2})),
     "split of what is excluded": (r"calibrate.split: '\*up\*' matches no matrix",
                                   svc(split={"*up*": 2}, exclude=["*up*"])),
-    "rows that are too few": (r"calibrate.split: \*up\*: layers.0.up.weight has 12 outputs, which "
-                              "are not parts of 10 in all$", svc(split={"*up*": [8, 2]})),
-    "parts that are not equal": ("up.weight has 12 outputs, which are not 5 equal parts$",
+    "rows that are too few": (r"calibrate.split: \*up\*: layers.0.up.weight has 12 outputs, not 10 "
+                              "in all$", svc(split={"*up*": [8, 2]})),
+    "parts that are not equal": ("up.weight has 12 outputs, not 5 equal parts$",
                                  svc(split={"*up*": 5})),
     "one part": (r"calibrate.split.\*up\*: expected a whole number of at least 2; got 1$",
                  svc(split={"*up*": 1})),
