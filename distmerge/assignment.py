@@ -13,8 +13,10 @@ from distmerge.planner import Plan
 from distmerge.spec import ELEMENTWISE
 
 
-def assign(plan: Plan, ranks: int, done: Container[int] = ()) -> list[list[int]]:
-    """The jobs of each rank, without those `done`.
+def assign(
+    plan: Plan, ranks: int, done: Container[int] = (), *, batched: bool = False
+) -> list[list[int]]:
+    """The jobs of each rank, without those `done`; `batched` for GPUs, see `batches`.
 
     Matrices (small ones in batches) are dealt out by cost, the longest first. All else is cut into
     contiguous stretches of the outputs that level the ranks: contiguous, because a rank then reads
@@ -24,11 +26,11 @@ def assign(plan: Plan, ranks: int, done: Container[int] = ()) -> list[list[int]]
     """
     jobs = [number for number in range(len(plan.jobs)) if number not in done]
     costs = {number: plan.cost(plan.jobs[number]) for number in jobs}
-    together = [[n for n in batch if n in costs] for batch in batches(plan)]
+    whole = batches(plan) if batched else [[n] for n in costs if plan.matrices(plan.jobs[n])]
+    together = [[n for n in batch if n in costs] for batch in whole]
     together = [batch for batch in together if batch]
     dealt, loads = _longest_first([sum(costs[n] for n in batch) for batch in together], ranks)
-    whole = {number for batch in together for number in batch}
-    rest = [number for number in jobs if number not in whole]
+    rest = [number for number in jobs if not plan.matrices(plan.jobs[number])]
     stretches = _dealt(rest, [costs[number] for number in rest], loads)
     return [
         [

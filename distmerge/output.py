@@ -7,8 +7,8 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 import huggingface_hub
@@ -127,16 +127,19 @@ def complete(
     files: Mapping[str, Plain],
     shards: Sequence[Plain],
     recipes: Sequence[Plain],
+    device: str = "cpu",
 ) -> None:
     """Add the manifests and, last in each output, the index, without which nothing loads.
 
     `files` describes, by name, what stands in every output beside the shards, `shards` the files
-    of the plan in order, `recipes` how each output came about.
+    of the plan in order, `recipes` how each output came about, `device` on what.
     """
     for number, output in enumerate(plan.outputs):
         first = plan.file(number, 0)
         named = {shard.name: shards[first + n] for n, shard in enumerate(plan.shards)}
-        _complete_one(temporary / output.name, plan, number, {**files, **named}, recipes[number])
+        beside = {**files, **named}
+        manifest = partial(_manifest, plan, number, recipes[number], versions(device))
+        _complete_one(temporary / output.name, plan.index, manifest, beside)
     if len(plan.outputs) > 1:
         names: list[Plain] = [output.name for output in plan.outputs]
         _write_json(temporary / MANIFEST, {"format": FORMAT, "plan": plan.digest, OUTPUTS: names})
@@ -144,11 +147,13 @@ def complete(
 
 
 def _complete_one(
-    folder: Path, plan: Plan, number: int, files: Mapping[str, Plain], recipe: Plain
+    folder: Path,
+    index: bytes | None,
+    manifest: Callable[[Mapping[str, Plain]], dict[str, Plain]],
+    files: Mapping[str, Plain],
 ) -> None:
-    index = plan.index
     indexed = {} if index is None else {INDEX: described(_sha256(index), len(index))}
-    _write_json(folder / MANIFEST, _manifest(plan, number, recipe, {**files, **indexed}))
+    _write_json(folder / MANIFEST, manifest({**files, **indexed}))
     if index is not None:
         _write(folder / INDEX, index)
     _sync_folder(folder)
@@ -164,7 +169,11 @@ def _sha256(content: bytes) -> str:
 
 
 def _manifest(
-    plan: Plan, number: int, recipe: Plain, files: Mapping[str, Plain]
+    plan: Plan,
+    number: int,
+    recipe: Plain,
+    made_with: dict[str, Plain],
+    files: Mapping[str, Plain],
 ) -> dict[str, Plain]:
     """Nothing that changes from run to run, and nothing of the other outputs: the same merge gives
     the same manifest."""
@@ -177,7 +186,7 @@ def _manifest(
         "donor": output.inputs.index(plan.donor),
         "plan": output.digest,
         "shard_bytes": plan.shard_bytes,
-        "versions": versions(),
+        "versions": made_with,
         "files": dict(sorted(files.items())),
     }
 
@@ -213,9 +222,10 @@ def _coefficients(plan: Plan, number: int) -> list[Plain]:
     return listed
 
 
-def versions() -> dict[str, Plain]:
-    """Of all that can change a byte of the output."""
+def versions(device: str = "cpu") -> dict[str, Plain]:
+    """Of all that can change a byte of the output; `device` is what matrices were solved on."""
     return {
+        "device": device,
         "distmerge": __version__,
         "torch": str(torch.__version__),
         "safetensors": safetensors.__version__,

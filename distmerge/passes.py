@@ -103,10 +103,11 @@ def merge_pass(world: World, plan: Plan, means: Means, attempt: Attempt) -> Done
     allowed = _agreed_budget(world, plan, means.memory)
     seen = who_sees(world, attempt, means.assemble)
     finished = _finished(world, plan, attempt, seen)
-    if means.solver.type == "cuda":
+    batched = means.solver.type == "cuda"
+    if batched:
         finished = frozenset(whole_batches(plan, finished))
     shared = [n for n in over_budget(plan, allowed) if n not in finished]
-    assignment = assign(plan, world.size, {*finished, *shared})
+    assignment = assign(plan, world.size, {*finished, *shared}, batched=batched)
     where = assembly(plan, assignment, seen, means.assemble)
     own = where.owned_by(world.rank)
     with ExitStack() as stack:

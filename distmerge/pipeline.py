@@ -165,8 +165,10 @@ def _make(
     done = merge_pass(world, plan, means, attempt)
     world.on_first("keep the spectra", lambda: reports.keep_spectra(folder, plan, done.spectra))
     recipes = _carried_out(recipe, sources)
+    device = _device_name(means)
     world.on_first(
-        "finish the output", lambda: output.complete(folder, plan, beside, done.shards, recipes)
+        "finish the output",
+        lambda: output.complete(folder, plan, beside, done.shards, recipes, device),
     )
 
     def rename() -> None:
@@ -248,6 +250,10 @@ def _device(world: World, *, use_cuda: bool) -> torch.device:
     return torch.device("cuda", world.local_rank % torch.cuda.device_count())
 
 
+def _device_name(means: Means) -> str:
+    return "cpu" if means.solver.type == "cpu" else torch.cuda.get_device_name(means.solver)
+
+
 def _all_have_a_gpu(world: World) -> bool:
     """Of one kind: another gives other bytes."""
     here = torch.cuda.is_available
@@ -269,8 +275,7 @@ def _attempt(
     held: list[tuple[Attempt, attempts.Lock]] = []
 
     def prepare() -> Attempt:
-        on_cpu = means.solver.type == "cpu"
-        device = "cpu" if on_cpu else torch.cuda.get_device_name(means.solver)
+        device = _device_name(means)
         wanted = attempts.identity(plan, device, allow_nonfinite=options.allow_nonfinite)
         attempt, lock = attempts.begin(
             target, plan, wanted, overwrite=options.overwrite, restart=options.restart

@@ -34,7 +34,7 @@ ALL = "all"
 MEMORY_SHARE = 0.5
 """Of a host's free memory, what its ranks together take at most."""
 
-DECISIVE = ("torch", "machine", "cpu_capability")
+DECISIVE = ("torch", "machine", "cpu_capability", "device")
 """Versions that can change last bits."""
 
 
@@ -57,7 +57,7 @@ def sample(names: Sequence[str], share: float, seed: str) -> frozenset[str]:
 
 def other_versions(manifest: Manifest) -> list[Finding]:
     """A note where this machine may give other last bits than the one that merged."""
-    ours = versions()
+    ours = versions(_solver(manifest)[1])
     differing = [key for key in DECISIVE if manifest.versions.get(key) != ours[key]]
     told = ", ".join(f"{key} {manifest.versions.get(key)} (here {ours[key]})" for key in differing)
     return (
@@ -65,6 +65,14 @@ def other_versions(manifest: Manifest) -> list[Finding]:
         if told
         else []
     )
+
+
+def _solver(manifest: Manifest) -> tuple[torch.device, str]:
+    """What matrices are solved on, and its name: a GPU where it is of the kind that was used."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    if name and manifest.versions.get("device") == name:
+        return torch.device("cuda"), name
+    return torch.device("cpu"), "cpu"
 
 
 class Difference(NamedTuple):
@@ -167,8 +175,8 @@ def merge_again(
 
     def work() -> dict[int, Difference]:
         # NaN in an input has its NaN in the output, which others tell.
-        cpu = torch.device("cpu")
-        how = Handling(allowed, cpu, cpu, True, Spectra(manifest.folder, None))
+        solver = _solver(manifest)[0]
+        how = Handling(allowed, torch.device("cpu"), solver, True, Spectra(manifest.folder, None))
         with ExitStack() as stack:
             inputs = stack.enter_context(closing(Inputs(plan.inputs, "auto")))
             sink = stack.enter_context(closing(Comparison(manifest, plan)))

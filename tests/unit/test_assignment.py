@@ -110,7 +110,7 @@ def test_sums_and_copies_come_before_task_vectors_and_batches_stay_together(
 ) -> None:
     plan = svc(content, method)
     together = {number: place for place, batch in enumerate(batches(plan)) for number in batch}
-    for share in assign(plan, ranks):
+    for share in assign(plan, ranks, batched=True):
         kinds = [plan.on_tasks(plan.jobs[number]) for number in share]
         assert kinds == sorted(kinds)
         places = [together[number] for number in share if number in together]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,8 +30,10 @@ OVER = Options(overwrite=True)
 
 def in_batches(engine: TaskEngine, jobs: Sequence[int]) -> list[list[int]]:
     first = {number: batch[0] for batch in batches(engine._plan) for number in batch}
-    grouped = itertools.groupby(jobs, key=lambda number: first.get(number, number))
-    return [list(batch) for _, batch in grouped]
+    grouped: dict[int, list[int]] = {}
+    for number in jobs:
+        grouped.setdefault(first.get(number, number), []).append(number)
+    return list(grouped.values())
 
 
 @pytest.fixture
