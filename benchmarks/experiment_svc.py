@@ -1,11 +1,12 @@
 """Does calibration help a merger whose lambda is tuned? SVC on images and text, both sides tuned.
 
+    benchmarks/svc_inputs.sh
     python -m benchmarks.experiment_svc
 
-fine-tunes small networks on shifted images and a real encoder on six text tasks, merges them with
-distmerge, with SVC and without, measures it all on held-out examples and writes
-benchmarks/results/experiment_svc. What an earlier call has finished is found in runs/experiment-svc
-and not done again.
+fetches its inputs, fine-tunes small networks on shifted images and a real encoder on six text
+tasks, merges them with distmerge, with SVC and without, measures it all on held-out examples and
+writes benchmarks/results/experiment_svc. What an earlier call has finished is found in
+runs/experiment-svc and not done again.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ class Suite(Protocol):
     """Tasks of one kind: how models are trained on them and measured."""
 
     name: str
-    seeds: Sequence[int]
+
+    @property
+    def seeds(self) -> Sequence[int]: ...
 
     def tasks(self) -> list[str]: ...
 

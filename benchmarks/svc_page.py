@@ -60,8 +60,8 @@ def about(command: str, described: dict[str, str]) -> dict[str, str]:
 SETUP = f"""\
 SVC rescales the directions of a merged weight (docs/methods.md). It was published with gains over
 mergers at one lambda each; the objection is that a better lambda might have given as much. So here
-lambda is tuned without SVC and with it: on the same examples, from the same {len(SCALES)} values.
-What is reported is measured on other examples.
+lambda is tuned without SVC and with it: on the same examples, from the same {len(SCALES)} values
+between {SCALES[0]} and {SCALES[-1]}. What is reported is measured on other examples.
 
 **Images** are Fashion-MNIST. A perceptron of 269,322 parameters learns 55,000 of them (1200 steps
 of 128, Adam); from there six are tuned on shifted ones (400 steps of 128, 12,000 images, the last
@@ -76,8 +76,7 @@ files for nouns (10) and verbs (8) from a definition, spam from the first 240 ch
 and genre (7) of 35 words from the Brown corpus, split by document. Each has 2400 texts to train on,
 240 to choose and 960 to report by, cut at 32 tokens. A head is a logistic regression on the
 pretrained encoder, frozen after that; embeddings are frozen too. AdamW at 1e-4, 2 epochs of batches
-of 32. A seed orders the texts and draws dropout: base, heads and texts are the same in all seeds.
-Measured in bfloat16.
+of 32; the one seed orders texts and draws dropout. Measured in bfloat16.
 
 All merges come from `distmerge merge` on two ranks, a sweep at a time. TIES and DARE keep a density
 of 0.2. alpha is `auto`, which is 1/6 and for tsv_m 1. Where alpha is tuned too, {ALPHA} is tried
@@ -93,7 +92,8 @@ dots single seeds."""
 UNTUNED = """\
 The same at one lambda for both sides, as people who tune nothing take it. "Over lambda" is the
 lowest and the highest accuracy among the ten values, on the examples that choose, mean over seeds:
-how much there is to lose by a bad guess."""
+how much there is to lose by a bad guess. In the plot, what lies 3 points below the base is cut
+off."""
 
 GAMMAS = """\
 What SVC multiplies each direction of the merged weight by, as the merge's own report gives it: task
@@ -141,6 +141,9 @@ def difference(found: Numbers) -> str:
 
 
 def spread(values: list[float]) -> str:
+    """The smallest and the largest difference among the seeds, where there are several."""
+    if len(values) == 1:
+        return ""
     return f"{100 * min(values):+.2f} to {100 * max(values):+.2f}"
 
 

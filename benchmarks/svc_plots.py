@@ -24,6 +24,7 @@ COMPARED = {
     "alpha": ("and alpha tuned for SVC", RED, "s", -0.18),
 }
 PERCENT = 100.0
+BELOW_BASE = 3.0  # points; how much worse than that a merge is does not matter
 STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -61,6 +62,7 @@ def _lambda(suites: dict[str, dict[str, Any]]) -> Figure:
         for merger, panel in zip(mergers, row, strict=True):
             _curves(panel, found["mergers"][merger]["curve"])
         row[0].set_ylabel(f"{name}\naccuracy, %")
+        row[0].set_ylim(bottom=PERCENT * found["trained"]["base"] - BELOW_BASE)
     for merger, panel in zip(mergers, rows[0], strict=True):
         panel.set_title(merger)
     for panel in rows[-1]:
