@@ -1,8 +1,8 @@
 """TIES and DARE-TIES of three models on a base, with distmerge and with mergekit, taking turns.
 
-Beside seconds: in how many elements the results differ from mergekit's, for TIES. Both keep the
-same magnitudes; where several are equal at the threshold, as 16-bit weights have them, mergekit's
-sort takes any of them, and distmerge those with the lowest indices.
+Beside seconds: in how many elements TIES keeps something here and nothing there. Both keep the
+largest magnitudes; of those that are equal at the threshold, as 16-bit weights have them,
+mergekit's sort takes any, and distmerge the ones with the lowest indices.
 """
 
 from __future__ import annotations
@@ -59,24 +59,28 @@ def runs(options: argparse.Namespace) -> Iterator[Run]:
 
 
 def differences(options: argparse.Namespace) -> dict[str, int]:
-    """How many elements of a TIES merge are not as mergekit has them."""
+    """In how many elements one of two TIES merges keeps the base's value and the other does not.
+
+    In float32, for mergekit computes in the dtype of the recipe: in bfloat16 its sums are others.
+    """
     work = works(options, "ties")
+    config = {**yaml.safe_load(work.recipe.read_text()), "dtype": "float32"}
+    work.recipe.write_text(yaml.safe_dump(config, sort_keys=False))
     commands = work.commands()
-    folders = {}
+    folders = [work.inputs[0]]
     for name in ("distmerge-1", "mergekit"):
         execute(commands[name])
-        folders[name] = work.out.with_name(f"out-{name}")
-        shutil.rmtree(folders[name], ignore_errors=True)
-        work.out.rename(folders[name])
-    total = other = 0
-    ours, theirs = (_tensors(folder) for folder in folders.values())
-    for (name, a), (_, b) in zip(ours, theirs, strict=True):
-        assert a.shape == b.shape, name
-        total += a.numel()
-        other += int((a != b).sum())
-    for folder in folders.values():
+        folders.append(work.out.with_name(f"out-{name}"))
+        shutil.rmtree(folders[-1], ignore_errors=True)
+        work.out.rename(folders[-1])
+    found = {"elements": 0, "differing": 0}
+    for tensors in zip(*map(_tensors, folders), strict=True):
+        base, ours, theirs = (values.float() for _, values in tensors)
+        found["elements"] += base.numel()
+        found["differing"] += int(((ours == base) != (theirs == base)).sum())
+    for folder in folders[1:]:
         shutil.rmtree(folder)
-    return {"elements": total, "differing": other}
+    return found
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
@@ -102,10 +106,11 @@ def markdown(results: dict[str, Any]) -> str:
     for method in METHODS:
         own = [run for run in results["runs"] if run["section"] == method]
         parts += [f"## {method}", table(own, results["torch_peak_bytes"])]
-    share = found["differing"] / found["elements"]
+    share = 100 * found["differing"] / found["elements"]
     parts.append(
-        f"Of {found['elements']:,} elements of the TIES merge, {found['differing']:,} "
-        f"({100 * share:.4f} %) differ from mergekit's: ties of equal magnitudes at the threshold."
+        f"Of {found['elements']:,} elements, {found['differing']:,} ({share:.4f} %) are changed by "
+        "one of the two TIES merges and not by the other (both in float32): of magnitudes that are "
+        "equal at the threshold mergekit's sort keeps any, distmerge the ones with lower indices."
     )
     return "\n\n".join(parts) + "\n"
 
@@ -117,16 +122,19 @@ def main() -> None:
     parser.add_argument("--only", default="", help="names, or their beginnings: distmerge")
     parser.add_argument("--workdir", type=Path, default=Path("runs/bench"))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--differences-only", action="store_true", help="keep the known seconds")
     options = parser.parse_args()
     os.chdir(Path(__file__).resolve().parents[1])
     torch = execute([".venv/bin/python", "-c", "import torch"])[1].bytes
-    results = {
+    known = options.results / "ties.json"
+    old = json.loads(known.read_bytes()) if options.differences_only else None
+    results = old or {
         "about": about(options, "-m benchmarks.bench_ties", "4"),
         "torch_peak_bytes": torch,
         "runs": list(runs(options)),
-        "differences": differences(options),
     }
-    (options.results / "ties.json").write_text(json.dumps(results, indent=1) + "\n")
+    results["differences"] = differences(options)
+    known.write_text(json.dumps(results, indent=1) + "\n")
     (options.results / "ties.md").write_text(markdown(results))
 
 
