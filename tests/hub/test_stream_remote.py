@@ -405,7 +405,9 @@ def test_a_shard_that_is_another_one_or_gone_is_refused(
     check_refused(gone, tmp_path, "the Hub answered 404; a file is no longer there")
 
 
-@pytest.mark.parametrize("variable", ["HF_ENDPOINT", "HF_HUB_OFFLINE"])
+@pytest.mark.parametrize(
+    "variable", [pytest.param("HF_ENDPOINT", marks=pytest.mark.slow), "HF_HUB_OFFLINE"]
+)
 def test_without_network_headers_alone_are_not_enough(
     site: Site, merged: Merged, tmp_path: Path, variable: str
 ) -> None:
