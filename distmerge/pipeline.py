@@ -18,10 +18,11 @@ from distmerge.assembly import AssembleMode
 from distmerge.attempt import Attempt
 from distmerge.choice import choose, outputs_to_choose_from
 from distmerge.coefficients import find_coefficients
-from distmerge.dist import World, join
+from distmerge.dist import World
 from distmerge.document import Plain, load
 from distmerge.errors import OutputError, UserError
 from distmerge.log import parse_bytes
+from distmerge.meeting import join
 from distmerge.passes import NOTHING, Done, Means, merge_pass
 from distmerge.planner import Plan, build_plan
 from distmerge.publishing.ahead import Publisher, publishing

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from distmerge.dist import World, join
+from distmerge.dist import World
 from distmerge.document import Plain
 from distmerge.errors import OutputError
 from distmerge.manifest import output_names
+from distmerge.meeting import join
 from distmerge.output import MANIFEST
 from distmerge.planner import Plan
 from distmerge.reference import as_path

@@ -228,7 +228,7 @@ def test_a_full_disk_on_one_host_is_the_users_to_mend_on_all(tmp_path: Path) -> 
 
 
 def merge_with_error_between_phases(recipe: Recipe, out: Path, victim: int) -> None:
-    def failing(*args: object) -> NoReturn:
+    def failing(*args: object, **kwargs: object) -> NoReturn:
         raise ValueError("injected")
 
     mock.patch.object(monitor, "INTERVAL", 0.2).start()

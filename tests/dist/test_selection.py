@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from distmerge.dist import join
+from distmerge.meeting import join
 from distmerge.errors import PeerError, RunError
 from distmerge.evaluation import measure, measure_all
 from distmerge.output import MANIFEST

@@ -18,8 +18,9 @@ import torch
 import torch.distributed as torch_dist
 
 import distmerge
-from distmerge import dist, monitor
-from distmerge.dist import World, join
+from distmerge import meeting, monitor
+from distmerge.dist import World
+from distmerge.meeting import join
 from distmerge.errors import ConfigError, OutputError, PeerError, RunError
 from distmerge.log import Progress
 from tests.dist import cases
@@ -261,7 +262,7 @@ def never_meet() -> None:
         time.sleep(60)
 
     short = timedelta(seconds=0)
-    mock.patch.multiple(dist, START_TIMEOUT=short, _SLACK=0.5, _start=hang).start()
+    mock.patch.multiple(meeting, START_TIMEOUT=short, _SLACK=0.5, _start=hang).start()
     with join(use_cuda=False):
         pass
 

@@ -24,7 +24,7 @@ import pytest
 import torch
 import yaml
 
-from distmerge import dist, engine, monitor, passes, writer
+from distmerge import engine, meeting, monitor, passes, writer
 from distmerge.methods.average import weighted_sums
 from distmerge.pipeline import Options
 from distmerge.writer import ShardWriter
@@ -264,7 +264,7 @@ def test_a_read_error_names_the_file_and_costs_nothing_that_is_done(tmp_path: Pa
 def merge_and_stop(recipe: Recipe, out: Path, marks: Path, victim: int) -> None:
     """Rank `victim` stops at its second step, as under a debugger or in a frozen container."""
     mock.patch.multiple(monitor, SILENCE=1.5, INTERVAL=0.15, GRACE=1).start()
-    mock.patch.object(dist, "STORE_TIMEOUT", timedelta(seconds=1)).start()
+    mock.patch.object(meeting, "STORE_TIMEOUT", timedelta(seconds=1)).start()
     (marks / f"{os.environ['RANK']}.pid").write_text(str(os.getpid()))
     calls = itertools.count(1)
 

@@ -28,7 +28,7 @@ LAYERS = (
     ("gram", "stream", "page_spectra"),
     ("attempt", "manifest"),
     ("output", "trend", "command", "plots", "writer", "licences"),
-    ("journal",),
+    ("journal", "meeting"),
     ("assignment", "budget"),
     ("planner", "dist", "methods"),
     ("rules", "monitor"),
@@ -132,7 +132,13 @@ def test_methods_know_tensors_and_nothing_of_ours_but_errors(module: str) -> Non
 
 @pytest.mark.parametrize("module", [m for m in modules() if entry(m) == "sources"])
 def test_reading_and_writing_know_neither_methods_nor_ranks(module: str) -> None:
-    assert not {entry(m) for m in reachable(module)} & {"methods", "dist", "monitor", "engine"}
+    assert not {entry(m) for m in reachable(module)} & {
+        "methods",
+        "dist",
+        "meeting",
+        "monitor",
+        "engine",
+    }
 
 
 @pytest.mark.parametrize("module", modules())
@@ -145,7 +151,7 @@ def test_torch_distributed_is_behind_dist_and_monitor(module: str) -> None:
     ]
     if module == "cli":
         assert names == ["torch.distributed.elastic.multiprocessing.errors.record"]
-    elif module not in ("dist", "monitor"):
+    elif module not in ("dist", "meeting", "monitor"):
         assert names + uses == []
 
 
