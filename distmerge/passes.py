@@ -112,9 +112,12 @@ def merge_pass(world: World, plan: Plan, means: Means, attempt: Attempt) -> Done
     own = where.owned_by(world.rank)
     with ExitStack() as stack:
         name = _own_name(world, attempt)
-        journal = (
-            None if name is None else stack.enter_context(closing(Journal(attempt.state, name)))
+        # In a phase: a rank that fails before it may have removed the state that is yet empty.
+        journal = world.together(
+            "open the journal", lambda: None if name is None else Journal(attempt.state, name)
         )
+        if journal is not None:
+            stack.enter_context(closing(journal))
         writer = stack.enter_context(closing(ShardWriter(attempt.folder, plan.files, journal)))
         spectra = Spectra(attempt.state, name)
         how = Handling(allowed, means.device, means.solver, means.allow_nonfinite, spectra)

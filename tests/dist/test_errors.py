@@ -138,8 +138,9 @@ def test_a_failure_is_a_line_of_the_first_rank_and_a_traceback_where_it_happened
 def merge_with_other_view(recipe: Recipe, out: Path, other: Recipe) -> None:
     """Rank 1's host has other files under the same names."""
 
-    def open_others(_: SweptRecipe, *, local_only: bool) -> Sources:
-        return open_sources(pinned(load_recipe(other)), local_only=local_only)
+    def open_others(_: SweptRecipe, *, local_only: bool, stream_remote: bool) -> Sources:
+        recipe = pinned(load_recipe(other))
+        return open_sources(recipe, local_only=local_only, stream_remote=stream_remote)
 
     if os.environ["RANK"] == "1":
         mock.patch.object(pipeline, "open_sources", open_others).start()
