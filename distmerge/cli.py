@@ -71,8 +71,9 @@ def cli(local_rank: int | None) -> None:
     distmerge report OUT                  the plots and the page of a merge, made again
     distmerge publish OUT OWNER/NAME      put it on the Hub
 
-    CONFIG is a YAML recipe: mergekit's for merge_method: linear, or a trajectory: for
-    merge_method: average and extra_merge. With sweep: it makes many outputs from one read.
+    CONFIG is a YAML recipe: mergekit's for models (linear, task_arithmetic, ties, dare_linear,
+    dare_ties, and our tsv_m, iso_c, iso_cts, star, expo), a trajectory: for checkpoints (average,
+    extra_merge). calibrate: corrects a merge of tasks; sweep: makes many outputs from one read.
 
     Exit codes: 0 done, 1 failed, 2 a mistake that you can mend, 130 and 143 stopped by a signal
     (torchrun turns all into 1).
@@ -88,7 +89,7 @@ def cli(local_rank: int | None) -> None:
 )  # fmt: skip
 @click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
-    help="auto takes the CPU for weighted sums: they wait for the disk.",
+    help="auto takes the CPU for weighted sums, which wait for the disk, and a GPU for matrices.",
 )  # fmt: skip
 @click.option(
     "--assemble", type=click.Choice(["auto", "direct", "gather"]), default="auto",
@@ -212,8 +213,8 @@ def verify(out: str, **how: Any) -> None:
 def report(out: str) -> None:
     """Make OUT/report/report.html again, with its plots and numbers, from what a merge left in OUT.
 
-    Shows coefficients, scores, and for extra_merge the trajectory of the checkpoints and how much
-    its direction explains. Needs neither the inputs nor the weights.
+    Shows coefficients, scores, for extra_merge the trajectory of the checkpoints and how much its
+    direction explains, and what calibrate: did to each matrix. Needs neither inputs nor weights.
     """
     log.configure(rank=0, verbose=False, quiet=False)
     _echo(distmerge.report(out))
